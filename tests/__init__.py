@@ -1,0 +1,1 @@
+"""The tests of chatserver: real processes, real sockets, real databases."""

