@@ -5,14 +5,15 @@
 # ///
 """A complete chat server in one file: accounts, rooms, live messages that are never lost.
 
-It reads downwards: settings, errors, validation, database, statements, operations, hub, chat, HTTP,
-WebSocket, application. The path of one message: a frame is validated and queued; the writer numbers
-and stores the whole queue in one transaction; the hub encodes each event once, joins the frames of a
-room and hands them to each socket in one write.
+It reads downwards: settings, errors, validation, database, statements, operations, hub, chat,
+HTTP, WebSocket, application. The path of one message: a frame is validated and queued; the writer
+numbers and stores the whole queue in one transaction; the hub encodes each event once, joins the
+frames of a room and hands them to each socket in one write.
 
-Words: *users* are *members* of *rooms*; whatever happens in a room is an *event* with a *seq*, and a
-*message* is one kind of event; a room's events in order are its *log*; a *cursor* is the seq up to
-which somebody has seen it; a *note* is what one process tells the others, and may be lost.
+Words: *users* are *members* of *rooms*; whatever happens in a room is an *event* with a *seq*,
+and a *message* is one kind of event; a room's events in order are its *log*; a *cursor* is the
+seq up to which somebody has seen it; a *note* is what one process tells the others, and may be
+lost.
 """
 
 from __future__ import annotations
@@ -40,8 +41,16 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
-from collections.abc import Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -59,7 +68,7 @@ HERE = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("chatserver")
 UNLIMITED = 2**53  # up to here every JSON client keeps whole numbers exactly
 
-# ------------------------------------------------------------------------------------------ settings
+# ----------------------------------------------------------------------------------------- settings
 # The fields of Config are the one table of settings. It is read once and passed down; only this
 # section knows where a value came from.
 
@@ -77,7 +86,7 @@ RULES: dict[str, range | str] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting and its default; config.ini says what each means, and for limits 0 means none."""
+    """Every setting and its default; config.ini has their meanings; for limits 0 means none."""
 
     database_url: str = "sqlite:///./chat.db"
     secret_key: str = field(default="", repr=False)
@@ -149,7 +158,7 @@ def read_settings(arguments: Iterable[str]) -> Iterator[tuple[str, str, str]]:
 
 
 def load_config(arguments: Iterable[str] = ()) -> Config:
-    """Reads every source; a bad setting ends the program with one line that names it and its place."""
+    """Reads every source; a bad setting ends the program with a line that names its place."""
     places: dict[str, str] = {}
     values: dict[str, Any] = {}
     try:
@@ -175,9 +184,10 @@ def load_config(arguments: Iterable[str] = ()) -> Config:
         raise SystemExit(f"chatserver: {place}{': ' if place else ''}{reason}") from None
 
 
-# -------------------------------------------------------------------------------------------- errors
-# Whatever is refused, anywhere, is a ChatError: an HTTP status, a code for programs, a sentence for
-# people. A WebSocket that must close for it closes with 4000 + status, or 1013 where a retry helps.
+# ------------------------------------------------------------------------------------------- errors
+# Whatever is refused, anywhere, is a ChatError: an HTTP status, a code for programs, a sentence
+# for people. A WebSocket that must close for it closes with 4000 + status, or 1013 where a retry
+# helps.
 
 CODES = {410: "reset", 413: "too_large", 429: "rate_limited", 500: "internal", 503: "unavailable"}
 
@@ -195,33 +205,35 @@ class ChatError(Exception):
 
 MISTAKE = ChatError(500, "the server made a mistake, which is logged")
 
-# ---------------------------------------------------------------------------------------- validation
-# What may come in, by the name of its field, wherever it stands: in a path, a query, JSON or a frame.
+# --------------------------------------------------------------------------------------- validation
+# What may come in, by the name of its field, wherever it stands: in a path, a query, JSON or a
+# frame.
 
 encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 TEXT = r"[^\0\ud800-\udfff]"  # no NUL and no half of a surrogate pair: what every engine can hold
-FIELDS: dict[str, str | range] = {
-    "account": f"{TEXT}{{1,320}}",  # a username or an e-mail address, to log in with
-    "client_id": "[ -~]{1,64}",
-    "email": r"[^\s@\0\ud800-\udfff]{1,64}@[^\s@\0\ud800-\udfff]{1,189}",
-    "kind": "public|private|direct",
+FIELDS: dict[str, range | tuple[str, str]] = {  # a number's range, or a text's pattern and meaning
+    "account": (f"{TEXT}{{1,320}}", "a username or an e-mail address"),
+    "client_id": ("[ -~]{1,64}", "1 to 64 printable ASCII characters"),
+    "email": (r"[^\s@\0\ud800-\udfff]{1,64}@[^\s@\0\ud800-\udfff]{1,189}", "an e-mail address"),
+    "kind": ("public|private|direct", "public, private or direct"),
     "limit": range(1, UNLIMITED + 1),
-    "message": rf"(?=.*\S){TEXT}+",
-    "name": rf"(?=.*\S){TEXT}{{1,100}}",
-    "password": f"{TEXT}+",
-    "new_password": f"{TEXT}+",
-    "q": rf"(?=.*\S){TEXT}{{1,200}}",
-    "role": "member|moderator|owner|banned",
-    "room_id": "[a-z0-9][a-z0-9_-]{0,63}",
-    "username": "[a-z0-9][a-z0-9_.-]{1,31}",
+    "message": (rf"(?=.*\S){TEXT}+", "text, not blank, without NUL"),
+    "name": (rf"(?=.*\S){TEXT}{{1,100}}", "1 to 100 characters, not blank"),
+    "new_password": (f"{TEXT}+", "text without NUL"),
+    "password": (f"{TEXT}+", "text without NUL"),
+    "q": (rf"(?=.*\S){TEXT}{{1,200}}", "1 to 200 characters, not blank"),
+    "role": ("member|moderator|owner|banned", "member, moderator, owner or banned"),
+    "room_id": ("[a-z0-9][a-z0-9_-]{0,63}", "1 to 64 of a-z 0-9 _ -, a letter or digit first"),
+    "username": ("[a-z0-9][a-z0-9_.-]{1,31}", "2 to 32 of a-z 0-9 _ . -, a letter or digit first"),
 }
+ANYTHING = (f"{TEXT}*", "text without NUL")
 REQUIRED = inspect.Parameter.empty
 
 
 def check(
     data: Mapping[str, Any], name: str, default: Any = REQUIRED, *, spelled: bool = False
 ) -> Any:
-    """Returns a field, names in lower case, or its default, or refuses; a query spells its numbers."""
+    """Returns a field, or its default, or refuses; a query spells its numbers."""
     value, rule = data.get(name), FIELDS.get(name, range(UNLIMITED + 1))
     if default is not REQUIRED and (name not in data or value is default is None):
         return default
@@ -230,17 +242,18 @@ def check(
             value = int(value)
         if type(value) is int and value in rule:
             return value
-        raise ChatError(400, f"{name}: should be a number from {rule[0]} to {rule[-1]}")
+        raise ChatError(400, f"{name}: should be a whole number from {rule[0]} to {rule[-1]}")
+    pattern, meaning = rule if isinstance(rule, tuple) else ANYTHING
     if isinstance(value, str):
         if value.isascii() and name in ("username", "email", "prefix"):
             value = value.lower()
-        if re.fullmatch(rule if isinstance(rule, str) else f"{TEXT}*", value, re.DOTALL):
+        if re.fullmatch(pattern, value, re.DOTALL):
             return value
-    raise ChatError(400, f"{name}: should be a text like {rule}")
+    raise ChatError(400, f"{name}: should be {meaning}")
 
 
 def check_password(data: Mapping[str, Any], name: str, shortest: int = 1) -> bytes:
-    """Returns a password's bytes, just as given; without NUL, since HMAC pads with it (RFC 2104 2)."""
+    """Returns a password's bytes as given; no NUL, since HMAC pads with it (RFC 2104 2)."""
     password = str(check(data, name)).encode()
     if not shortest <= len(password) <= 1024:
         raise ChatError(400, f"{name}: should have {shortest} to 1024 bytes")
@@ -248,7 +261,7 @@ def check_password(data: Mapping[str, Any], name: str, shortest: int = 1) -> byt
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuses an object that has a key twice: which one was meant?"""
+    """Refuses an object that has a key twice, since nobody knows which one was meant."""
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a key stands twice")
     return found
@@ -311,12 +324,12 @@ class Limiter:
         self.empty_at = {key: at for key, at in self.empty_at.items() if at > now}
 
 
-# ------------------------------------------------------------------------------------------ database
-# An operation is a generator: it yields (statement, rows of parameters), receives the rows that come
-# out, and returns its result. So one text serves both engines: sqlite3 drives it whole, on a thread,
-# in one hop, never cancelled half-way; asyncpg drives it with awaits. An operation refuses before it
-# writes, so that its refusal undoes nothing for others in its transaction. All in which the engines
-# differ is here; what a room or a user is, is not.
+# ----------------------------------------------------------------------------------------- database
+# An operation is a generator: it yields (statement, rows of parameters), receives the rows that
+# come out, and returns its result. So one text serves both engines: sqlite3 drives it whole, on a
+# thread, in one hop, never cancelled half-way; asyncpg drives it with awaits. An operation
+# refuses before it writes, so that its refusal undoes nothing for others in its transaction. All
+# in which the engines differ is here; what a room or a user is, is not.
 
 Row = Mapping[str, Any]
 Operation = Generator[tuple[str, Sequence[Sequence[Any]]], list[Any], T]
@@ -356,7 +369,7 @@ class SQLite:
         return connection
 
     async def open(self, schema: str) -> None:
-        """Takes the file for this process alone and makes its tables; ends the program if it cannot."""
+        """Takes the file for this process alone and makes its tables, or ends the program."""
         try:
             self.connect("", suffix="-lock").execute("BEGIN EXCLUSIVE")
             self.connect("", "journal_mode=WAL", "synchronous=FULL").executescript(schema)
@@ -373,7 +386,7 @@ class SQLite:
             connection.close()
 
     def transact(self, operation: Operation[T]) -> T:
-        """Runs an operation to its end and commits; binds $1 by name, as 3.11 misbinds by position."""
+        """Runs an operation and commits; binds $1 by name, as 3.11 misbinds by position."""
         connection, rows = self.local.connection, None
         if os.stat(self.path).st_ino != self.inode:
             raise sqlite3.OperationalError("the file was replaced under the running server")
@@ -418,12 +431,10 @@ class SQLite:
 
 
 class Postgres:
-    """A database that processes share: of each, one connection writes, one carries notes, some read."""
+    """A database that processes share; in each, one connection writes, one carries notes."""
 
     name, row_lock, shared = "postgres", " FOR UPDATE", True
-    allowed = (
-        "sslmode sslrootcert sslcert sslkey host port user password target_session_attrs".split()
-    )
+    allowed = ("host", "port", "user", "password", "sslmode", "sslrootcert", "sslcert", "sslkey")
     timeouts = (("lock_timeout", "3s"), ("statement_timeout", "10s"))
     frozen = (
         "idle_in_transaction_session_timeout",
@@ -450,7 +461,7 @@ class Postgres:
         self.listener: Any = None
 
     async def open(self, schema: str) -> None:
-        """Makes the tables, one process at a time; is loud about settings that lose what was acked."""
+        """Makes the tables, one process at a time; finds settings that lose what was acked."""
         schema = schema.replace("TEXT", 'TEXT COLLATE "C"').replace(" WITHOUT ROWID", "")
         try:
             self.pool = await self.asyncpg.create_pool(min_size=0, max_size=4, **self.options)
@@ -483,7 +494,7 @@ class Postgres:
             return stop.value  # type: ignore[no-any-return]
 
     async def read(self, operation: Callable[..., Operation[T]], *values: Any) -> T:
-        """Returns what an operation finds; tries again once: the connection may have died unnoticed."""
+        """Returns what an operation finds; tries twice, as a connection may have died unnoticed."""
         for last in (False, True):
             try:
                 async with self.pool.acquire(timeout=5) as connection:
@@ -544,13 +555,14 @@ class Postgres:
             await asyncio.sleep(0.3)
 
 
-# ---------------------------------------------------------------------------------------- statements
+# --------------------------------------------------------------------------------------- statements
 # All SQL, the same for both engines.
 
 EVENT = """SELECT e.room_id, e.seq, e.kind, e.username, e.target, e.member, e.role, e.name,
     coalesce(e.message, t.message) AS message, e.created_at, e.edited_at, e.client_id
     FROM events e LEFT JOIN events t ON t.room_id = e.room_id AND t.seq = e.target"""
-ROOM = """SELECT r.room_id, r.name, r.kind, r.seq, r.floor, m.role, coalesce(m.read_seq, 0) AS read_seq,
+ROOM = """SELECT r.room_id, r.name, r.kind, r.seq, r.floor, m.role,
+    coalesce(m.read_seq, 0) AS read_seq,
     (SELECT count(*) FROM (SELECT 1 AS one FROM events e WHERE m.role IS NOT NULL
     AND e.room_id = r.room_id AND e.seq > m.read_seq AND e.message IS NOT NULL AND e.username <> $1
     LIMIT 1001) AS newer) AS unread FROM rooms r
@@ -586,7 +598,8 @@ GET_HEIR = """SELECT username, role FROM members
     ORDER BY CASE role WHEN 'owner' THEN 0 WHEN 'moderator' THEN 1 ELSE 2 END, since, username"""
 LIST_ROLES = "SELECT room_id, role FROM members WHERE username = $1"
 SET_ROLE = """INSERT INTO members (room_id, username, role, read_seq, since)
-    VALUES ($1, $2, $3, $4, $4) ON CONFLICT (room_id, username) DO UPDATE SET role = excluded.role"""
+    VALUES ($1, $2, $3, $4, $4)
+    ON CONFLICT (room_id, username) DO UPDATE SET role = excluded.role"""
 DROP_MEMBER = "DELETE FROM members WHERE room_id = $1 AND username = $2"
 SET_READ = """UPDATE members SET read_seq = $3
     WHERE room_id = $1 AND username = $2 AND read_seq < $3"""
@@ -628,16 +641,15 @@ def first(sql: str, *values: Any) -> Operation[Any]:
     return next(iter((yield sql, [values])), None)
 
 
-# ---------------------------------------------------------------------------------------- operations
-# What users can do and see. Each is named like its route, takes who asks and the fields that it needs,
-# by the names that they have in JSON, and returns what is answered. It refuses, or adds events to the
-# log. It knows neither transport.
+# --------------------------------------------------------------------------------------- operations
+# What users can do and see. Each is named like its route, takes who asks and the fields that it
+# needs, by the names that they have in JSON, and returns what is answered. It refuses, or adds
+# events to the log. It knows neither transport.
 
 RANKS = {"banned": -1, "visitor": 0, "member": 1, "moderator": 2, "owner": 3}
-BLANK_EVENT = dict.fromkeys(
-    ["room_id", "seq", "kind", "username", "created_at", "target", "member", "role", "name"]
-    + ["message", "folded", "client_id", "edited_at"]
-)
+# In the order of ADD_EVENT; what an event does not have is None.
+COLUMNS = ("room_id", "seq", "kind", "username", "created_at", "target", "member", "role", "name")
+BLANK_EVENT = dict.fromkeys((*COLUMNS, "message", "folded", "client_id", "edited_at"))
 
 
 @lru_cache(256)
@@ -897,7 +909,7 @@ class Transaction:
         self.notes.append(("end", me, (yield from first(SET_USER, *values))["version"]))
 
     def delete_user(self, me: str) -> Operation[None]:
-        """Empties an account and leaves its rooms; after the last owner the next in rank inherits."""
+        """Empties an account and leaves its rooms; the last owner's next in rank inherits."""
         ended = yield from first(SET_USER, me, None, None, 1)
         self.notes.append(("end", me, ended["version"]))
         for room_id, role in [(row["room_id"], row["role"]) for row in (yield LIST_ROLES, [(me,)])]:
@@ -914,7 +926,7 @@ class Transaction:
             self.add(room_id, "delete", me, target=seq)
 
     def expire(self, room_id: str, kind: str, floor: int) -> Operation[None]:
-        """Raises a room's floor; below it only client_ids stay, so that a retry is known for ever."""
+        """Raises a room's floor; below it only client_ids stay, to know a retry for ever."""
         for sql, values in ((SET_FLOOR, ()), (EXPIRE, (kind,)), (BLANK, ())):
             yield sql, [(room_id, floor, *values)]
 
@@ -1011,9 +1023,10 @@ class Transaction:
         return [*map(describe, (yield SEARCH_ALL, [(me, pattern, limit)]))]
 
 
-# ----------------------------------------------------------------------------------------------- hub
-# Who is connected, and how an event gets to every socket once, in order, waiting for nobody. It knows a
-# room by its cursor, the last seq that this process has published; what it missed it reads in the log.
+# ---------------------------------------------------------------------------------------------- hub
+# Who is connected, and how an event gets to every socket once, in order, waiting for nobody. It
+# knows a room by its cursor, the last seq that this process has published; what it missed it
+# reads in the log.
 
 QUIET_ABOVE = (
     100  # users online in a room; with more, presence, typing and read markers are not told
@@ -1128,7 +1141,7 @@ class Hub:
             self.rooms.pop(room.room_id, None)
 
     def publish(self, events: Iterable[dict[str, Any]]) -> None:
-        """Delivers what follows a room's cursor; where something is missing between, has it read."""
+        """Delivers what follows a room's cursor; if something is missing between, has it read."""
         by_room = defaultdict(list)
         for event in events:
             by_room[event["room_id"]].append(event)
@@ -1187,7 +1200,7 @@ class Hub:
                         self.notice(room.room_id, 0)
 
     async def catch_up(self, room: Room, cursor: int) -> None:
-        """Brings a room a step nearer to the head of its log; meanwhile others may do so as well."""
+        """Brings a room a step nearer to its head; meanwhile others may do so as well."""
         page = await self.db.read(each, LIST_EVENTS, [(room.room_id, cursor, 1000)])
         page = [event for event in page if event["seq"] > (room.cursor or 0)]
         if page and page[0]["seq"] - 1 == room.cursor:
@@ -1199,7 +1212,7 @@ class Hub:
             self.notice(room.room_id, 0)
 
     async def replay(self, socket: Socket, cursor: int) -> None:
-        """Sends what follows a cursor at the reader's pace; with nothing left, in that step, goes live."""
+        """Sends what follows a cursor, at the reader's pace, then in the same step goes live."""
         room = socket.room
         while not socket.closed and cursor != room.cursor:
             page: list[Any] = []
@@ -1288,8 +1301,9 @@ class Hub:
                 known.pop(process, None)
 
 
-# ---------------------------------------------------------------------------------------------- chat
-# What both transports share: the writer, log-ins, and the tasks that run as long as the server does.
+# --------------------------------------------------------------------------------------------- chat
+# What both transports share: the writer, log-ins, and the tasks that run as long as the server
+# does.
 
 BATCH, QUEUE = 250, 10_000  # commands in one transaction, and waiting for one
 HASHES = 32  # passwords being hashed or waiting for it
@@ -1306,7 +1320,7 @@ class Command(NamedTuple):
 
 
 def transact(work: Transaction, commands: Sequence[Command]) -> Operation[list[Any]]:
-    """Runs commands in order, neighbouring posts as one; stores their events; returns their outcomes."""
+    """Runs commands in order, neighbouring posts as one; returns their outcomes."""
     names = sorted({room_id for command in commands for room_id in command.rooms})
     locked = yield LOCK_ROOM + work.row_lock, [(name,) for name in names]
     work.rooms = {row["room_id"]: dict(row) for row in locked}
@@ -1343,7 +1357,7 @@ class Chat(Hub):
 
     @contextlib.asynccontextmanager
     async def running(self, _: object = None) -> AsyncIterator[None]:
-        """Opens the database and keeps the tasks going; on the way out finishes what was accepted."""
+        """Opens the database and runs the tasks; on the way out finishes what was accepted."""
         await self.db.open((HERE / "schema.sql").read_text("utf-8"))
         for warning in self.db.warnings:
             LOGGER.critical(warning)
@@ -1482,7 +1496,7 @@ class Chat(Hub):
             self.hashes -= 1
 
     async def verify(self, account: str, password: bytes, address: str, refusal: ChatError) -> Row:
-        """Returns the user with this name or e-mail and password; failures count for the address."""
+        """Returns who has this name or e-mail and password; failures count for the address."""
         self.logins.take(address, 0)
         user = await self.db.read(first, GET_USER, account)
         stored = user["password"] if user else NOBODY
@@ -1520,9 +1534,9 @@ def keep_secret(path: str) -> str:
     return Path(path).read_text("utf-8").strip()
 
 
-# ---------------------------------------------------------------------------------------------- HTTP
-# A route binds an operation's fields from path, query and body, by name, and answers what it returns.
-# Only what is more than that has a handler of its own.
+# --------------------------------------------------------------------------------------------- HTTP
+# A route binds an operation's fields from path, query and body, by name, and answers what it
+# returns. Only what is more than that has a handler of its own.
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 POSTING = ("post_message", "edit_message", "delete_message")
@@ -1711,7 +1725,7 @@ class Http(Chat):
         return answer(await self.change("delete_user", rooms, me=me))
 
     def page(self, file: str, policy: str, **words: str) -> Handler:
-        """Returns the handler of a page, whose inline script and style are allowed by their hashes."""
+        """Returns the handler of a page; its inline script and style are allowed by hash."""
 
         async def handler(_: web.Request) -> web.Response:
             text, allowed = (HERE / file).read_text("utf-8"), policy
@@ -1765,9 +1779,9 @@ class Http(Chat):
         return web.Response(text="\n".join(unique_lines) + "\n", content_type="text/plain")
 
 
-# ----------------------------------------------------------------------------------------- WebSocket
-# One coroutine a socket: log in, enter the room, replay, then do what each frame asks for. A frame that
-# is refused is answered, and the socket lives on.
+# ---------------------------------------------------------------------------------------- WebSocket
+# One coroutine a socket: log in, enter the room, replay, then do what each frame asks for. A
+# frame that is refused is answered, and the socket lives on.
 
 FRAMES = {
     "message": "post_message",
@@ -1783,9 +1797,9 @@ class ChatServer(Http):
     async def connect(self, request: web.Request) -> web.WebSocketResponse:
         """Accepts a socket, if there is room for it, and frees all that it had when it ends."""
         address, origin = self.address(request), request.headers.get("Origin", "")
-        if origin not in ("", *self.config.allowed_origins, f"{request.scheme}://{request.host}"):
-            if origin.partition("://")[2] != request.host:  # a proxy may have taken off the TLS
-                raise ChatError(403, "pages of this origin may not connect")
+        foreign = origin and origin.partition("://")[2] != request.host
+        if foreign and origin not in self.config.allowed_origins:
+            raise ChatError(403, "pages of this origin may not connect")
         if self.connected.total() >= (self.config.sockets or UNLIMITED) or self.stopping:
             raise ChatError(503, "the server is full", retry_after=10)
         if self.connected[address] >= (self.config.sockets_per_address or UNLIMITED):
@@ -1794,7 +1808,9 @@ class ChatServer(Http):
         if login:
             await self.check_entry(request, login)
         size = self.config.frame_bytes + 1 if self.config.frame_bytes else 0
-        ws = web.WebSocketResponse(timeout=2, autoping=False, compress=False, max_msg_size=size)
+        ws = web.WebSocketResponse(
+            timeout=2, autoclose=False, autoping=False, compress=False, max_msg_size=size
+        )
         await ws.prepare(request)
         self.connected[address] += 1
         try:
@@ -1812,8 +1828,10 @@ class ChatServer(Http):
         if len(self.users.get(login.username, ())) >= (self.config.sockets_per_user or UNLIMITED):
             raise ChatError(429, "too many sockets of this user", retry_after=10)
         query, room_id = self.query(request), request.match_info["room_id"]
-        if not re.fullmatch(str(FIELDS["room_id"]), room_id):
-            raise ChatError(404, "there is no such room")
+        try:
+            check(request.match_info, "room_id")
+        except ChatError:
+            raise ChatError(404, "there is no such room") from None
         await self.look("look_into", me=login.username, room_id=room_id)
         start = {name: check(query, name, None, spelled=True) for name in ("after", "last")}
         return start | {"epoch": query.get("epoch", self.epoch)}
@@ -1857,7 +1875,7 @@ class ChatServer(Http):
                 await asyncio.wait([replay])
 
     async def greet(self, socket: Socket, start: Mapping[str, Any]) -> int:
-        """Enters the room and says hello, and reset if it must; returns the cursor to go on from."""
+        """Enters and says hello, and reset if it must; returns the cursor to go on from."""
         room, login = socket.room, socket.login
         fields = {"me": login.username, "version": login.version, "room_id": room.room_id}
         role, floor, seq = await self.change("join", [room.room_id], **fields)
@@ -1896,6 +1914,8 @@ class ChatServer(Http):
             except ChatError as error:
                 self.count(socket)
                 self.settle(socket, data, error)
+        if not socket.closed:
+            await ws.close(drain=False)
 
     def count(self, socket: Socket) -> None:
         """Counts whatever is no accepted message, and cuts off who floods us with it."""
@@ -1905,7 +1925,7 @@ class ChatServer(Http):
             socket.close(4429, "flooding")
 
     async def act(self, socket: Socket, data: dict[str, Any]) -> None:
-        """Does what a frame asks for; message, edit, delete and read are operations, as over HTTP."""
+        """Does what a frame asks for; most types are operations, as over HTTP."""
         kind, room_id, me = (
             str(data.get("type", "message")),
             socket.room.room_id,
@@ -1957,7 +1977,7 @@ def is_name(value: object) -> bool:
     )
 
 
-# --------------------------------------------------------------------------------------- application
+# -------------------------------------------------------------------------------------- application
 # What stands around every handler, the route table, and how the program starts and stops.
 
 SERVER = web.AppKey("server", ChatServer)
@@ -2062,7 +2082,7 @@ async def stop(app: web.Application) -> None:
 
 
 def create_app(config: Config | None = None) -> web.Application:
-    """Returns the server as an aiohttp application, on its own or under a prefix; opens nothing yet."""
+    """Returns the server as an aiohttp application; opens nothing yet."""
     app = web.Application(middlewares=[answer_errors])
     app[SERVER] = server = ChatServer(config or load_config())
     app.cleanup_ctx.append(server.running)
@@ -2093,7 +2113,7 @@ def create_app(config: Config | None = None) -> web.Application:
 
 
 def backup(config: Config, target: str) -> None:
-    """Copies the database while the server runs, under a new epoch, so that clients notice a restore."""
+    """Copies the database while the server runs, under a new epoch, so that clients notice."""
     if not config.database_url.startswith("sqlite"):
         print("use pg_dump; once restored: UPDATE meta SET value = 'new' WHERE name = 'epoch'")
         raise SystemExit(2)

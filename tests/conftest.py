@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,11 @@ import pytest
 
 from tests import postgres
 from tests.helpers import NO_LIMITS, SECRET, Pool, Process, Server
+
+
+def pytest_configure() -> None:
+    """Let a SIGTERM, as `timeout` sends it, end the run with all that the fixtures started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def missing(reason: str) -> None:

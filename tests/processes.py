@@ -1,21 +1,21 @@
-"""What the tests of several processes need: clients that resume elsewhere, and ways to break things.
+"""What tests of several processes need: clients that resume elsewhere, ways to break things.
 
 A `Ledger` knows what was sent and what was acknowledged; `writer` and `reader` are clients that do
 what the contract asks of clients: retry under the same client id, resume after the last number.
 """
 
 import asyncio
-import os
+import itertools
 import random
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 
-from tests.helpers import LOST, NUMBERED, Account, Answer, Event, Server, User, unique
+from tests.helpers import LOST, NUMBERED, PATIENCE, Account, Chat, Event, Server, User, unique
 
 THE_END = "the end"
 
@@ -46,7 +46,7 @@ async def terminate(url: str, condition: str = "true") -> int:
 
 
 # A connection that hears NOTIFY is known by what it did last.
-LISTENS = "(query ILIKE '%listen%' OR query ILIKE '%notify%')"
+LISTENS = "(query ILIKE 'listen%' OR query ILIKE '%pg_notify%')"
 
 
 # --- Streams
@@ -59,7 +59,7 @@ def signature(event: Event) -> tuple[object, ...]:
 
 
 def equals(stream: Sequence[Event], log: Sequence[Event]) -> None:
-    """Check that a stream is the log, from wherever it begins: no gap, no repeat, no other order."""
+    """Check that a stream is this part of the log: no gap, no repeat, no other order."""
     numbers = [event["seq"] for event in stream]
     wanted = [event["seq"] for event in log]
     assert numbers == wanted, f"{numbers} is not {wanted}"
@@ -77,11 +77,11 @@ class Ledger:
         self.acked: dict[str, int] = {}
         self.errors: list[str] = []
 
-    def next(self, word: str) -> tuple[str, str]:
-        """Return a fresh client id and its text, noted as sent."""
+    def next(self, word: str) -> str:
+        """Return a fresh client id, noted as sent with a text of its own."""
         client_id = unique(word)
         self.sent[client_id] = f"text of {client_id}"
-        return client_id, self.sent[client_id]
+        return client_id
 
     def ack(self, client_id: str, seq: int) -> None:
         """Note an acknowledgement, which never changes its mind."""
@@ -92,72 +92,81 @@ class Ledger:
         assert [event["seq"] for event in log] == list(range(1, len(log) + 1))
         for client_id, seq in self.acked.items():
             event = log[seq - 1]
-            assert (event.get("client_id"), event.get("message")) == (client_id, self.sent[client_id])
+            assert (event.get("client_id"), event.get("message")) == (
+                client_id,
+                self.sent[client_id],
+            )
         stored = [event["client_id"] for event in log if event.get("client_id") in self.sent]
         assert len(stored) == len(set(stored)), "a message is there twice"
         if settled:
             assert self.acked.keys() == self.sent.keys() == set(stored)
 
 
+def by_client_id(client_id: str) -> Callable[[Event], bool]:
+    """Return what tells the frame that answers this client id."""
+    return lambda frame: frame.get("client_id") == client_id
+
+
+async def settle(ws: Chat, ledger: Ledger, client_id: str, patience: float = 20) -> bool:
+    """Send a message of the ledger and wait for what becomes of it: acknowledged, or refused."""
+    await ws.say(ledger.sent[client_id], client_id=client_id)
+    while (frame := await ws.next(patience)).get("client_id") != client_id:
+        pass
+    if frame["type"] == "error":
+        ledger.errors.append(frame["error"])
+        return False
+    ledger.ack(client_id, frame["seq"])
+    return True
+
+
+async def insist(ws: Chat, ledger: Ledger, word: str) -> int:
+    """Send a message until it is acknowledged, each time under the same client id."""
+    client_id = ledger.next(word)
+    async with asyncio.timeout(PATIENCE):
+        while not await settle(ws, ledger, client_id):
+            await asyncio.sleep(0.05)
+    return ledger.acked[client_id]
+
+
 async def writer(
     hosts: Sequence[Server], user: User, ledger: Ledger, *, stop: asyncio.Event, count: int = 10**6
 ) -> None:
-    """Write until told to stop, each message until it is acknowledged; go elsewhere when cut off."""
-    place = 0
-    pending: tuple[str, str] | None = None
-    while not stop.is_set() or pending:
-        try:
-            async with at(hosts[place % len(hosts)], user).chat(ledger.room) as ws:
-                while count and not (stop.is_set() and not pending):
-                    pending = client_id, text = pending or ledger.next("w")
-                    await ws.say(text, client_id=client_id)
-                    frame = await ws.find(lambda frame: frame.get("client_id") == pending[0])  # type: ignore[index] # noqa: B023
-                    if frame["type"] == "error":
-                        ledger.errors.append(frame["error"])
-                        await asyncio.sleep(0.1)
-                        continue
-                    ledger.ack(client_id, frame["seq"])
-                    pending, count = None, count - 1
-        except LOST:
-            place += 1
-            await asyncio.sleep(0.05)
-        if not count:
+    """Write until told to stop, each message until it is acknowledged; when cut off, elsewhere."""
+    pending = ""
+    for server in itertools.cycle(hosts):
+        with suppress(*LOST):
+            async with at(server, user).chat(ledger.room) as ws:
+                while pending or (count and not stop.is_set()):
+                    pending = pending or ledger.next("w")
+                    if await settle(ws, ledger, pending):
+                        pending, count = "", count - 1
+                    else:
+                        await asyncio.sleep(0.05)
+        if not pending and (stop.is_set() or not count):
             return
+        await asyncio.sleep(0.05)
 
 
 async def reader(
     hosts: Sequence[Server], user: User, room: str, *, chance: random.Random | None = None
 ) -> list[Event]:
-    """Follow a room to its end; after every loss, one's own doing or not, resume on the next host."""
+    """Follow a room to its end; after every loss, wanted or not, resume on the next host."""
     stream: list[Event] = []
-    place = 0
-    while True:
+    for server in itertools.cycle(hosts):
         after = stream[-1]["seq"] if stream else 0
-        try:
-            async with at(hosts[place % len(hosts)], user).chat(room, after=after) as ws:
-                left = chance.randrange(1, 150) if chance else 10**9
-                while left:
+        with suppress(*LOST):
+            async with at(server, user).chat(room, after=after) as ws:
+                for _ in range(chance.randrange(1, 150) if chance else 10**6):
                     frame = await ws.next(30)
                     assert frame["type"] not in {"reset", "error"}, frame
-                    left -= 1
                     if frame["type"] in NUMBERED:
                         stream.append(frame)
                     if frame.get("message") == THE_END:
                         return stream
                 if chance and chance.random() < 0.7:
                     ws.drop()
-        except LOST:
-            await asyncio.sleep(0.05)
-        place += 1
-
-
-async def until_answer(user: User, method: str, path: str, status: int, **options: Any) -> Answer:
-    """Repeat a request until it is answered with this status; meanwhile only 503 will do."""
-    async with asyncio.timeout(10):
-        while (answer := await user.request(method, path, **options)).status != status:
-            answer.refused(503, "unavailable")
-            await asyncio.sleep(0.1)
-        return answer
+        await asyncio.sleep(0.05)
+    raise AssertionError
 
 
 # --- Postgres behind a wire that can be cut
@@ -265,13 +274,3 @@ def session_of(leader: int) -> set[int]:
             if int(session) == leader and state not in "ZX":
                 found.add(int(path.parent.name))
     return found
-
-
-@asynccontextmanager
-async def frozen(pid: int, number: int, back: int) -> AsyncIterator[None]:
-    """Send a process the signal that stops it, and afterwards the one that lets it go on."""
-    os.kill(pid, number)
-    try:
-        yield
-    finally:
-        os.kill(pid, back)

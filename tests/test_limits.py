@@ -192,7 +192,7 @@ class client:  # noqa: N801 - reads like contextlib's functions
 
     async def __aexit__(self, *_: object) -> None:
         """Give the accounts back and close the session."""
-        await self.server.release()
+        self.server.release()
         await self.session.close()
 
 
@@ -313,7 +313,7 @@ async def test_log_ins_that_succeed_do_not_count(near: Server) -> None:
 
 
 async def test_guesses_side_by_side_are_no_way_around_the_limit(near: Server) -> None:
-    """Of many guesses at once no more are tried than one after another: the right one is too late."""
+    """Many guesses at once count no less than one after another: the right one is too late."""
     alice = await near.user()
     guesses = [asyncio.create_task(near.login(alice.username, f"wrong {n}")) for n in range(10)]
     await asyncio.wait(guesses, return_when=asyncio.FIRST_COMPLETED)
@@ -641,8 +641,7 @@ async def test_rooms_asked_for_at_once_are_counted_too(near: Server) -> None:
 
 async def test_zero_means_no_limit_of_any_size(start: Start) -> None:
     """With 0, texts, frames, bodies and pages are as long as one likes."""
-    names = ("message_length", "frame_bytes", "body_bytes", "history_limit")
-    server = await start(**dict.fromkeys(names, 0))
+    server = await start(message_length=0, frame_bytes=0, body_bytes=0, history_limit=0)
     alice = await server.user()
     text = "long " * 100_000
     async with alice.chat("1") as chat:
