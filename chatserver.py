@@ -1058,15 +1058,6 @@ class Login(NamedTuple):
     expires: float
 
 
-class Room:
-    """A room in which somebody is connected; cursor None: where it stands is not known yet."""
-
-    def __init__(self, room_id: str) -> None:
-        self.room_id, self.head = room_id, 0
-        self.cursor: int | None = None
-        self.sockets, self.live, self.announced = set[Socket](), set[Socket](), set[str]()
-
-
 class Socket:
     """One connection to a room; live once it has seen all that is published."""
 
@@ -1076,17 +1067,15 @@ class Socket:
         self.transport, self.room, self.closed, self.typed = transport, room, False, 0.0
         self.heard = self.pinged = time.monotonic()
         self.loop = asyncio.get_running_loop()
+        self.expiry = self.loop.call_soon(int)  # takes the place of a timer until there is one
         self.renew(login)
 
     def renew(self, login: Login) -> None:
         """Makes the socket live as long as this log-in and not a moment longer."""
         self.login = login
-        self.loop.call_later(login.expires - time.time(), self.expire, login)
-
-    def expire(self, login: Login) -> None:
-        """Closes the socket unless its log-in was renewed."""
-        if self.login is login:
-            self.close(4401, "the token has expired")
+        self.expiry.cancel()
+        left = login.expires - time.time()
+        self.expiry = self.loop.call_later(left, self.close, 4401, "the token has expired")
 
     def send(self, *items: Mapping[str, Any]) -> None:
         """Writes frames, but none after the close frame."""
@@ -1103,6 +1092,15 @@ class Socket:
             self.loop.call_later(0.5 if code == 4408 else 2, self.transport.abort)
 
 
+class Room:
+    """A room in which somebody is connected; cursor None: where it stands is not known yet."""
+
+    def __init__(self, room_id: str) -> None:
+        self.room_id, self.head = room_id, 0
+        self.cursor: int | None = None
+        self.sockets, self.live, self.announced = set[Socket](), set[Socket](), set[str]()
+
+
 def shut(some: Iterable[Socket], code: int, reason: str) -> None:
     """Closes sockets."""
     for socket in list(some):
@@ -1115,7 +1113,7 @@ class Hub:
     def __init__(self, config: Config) -> None:
         self.config, url = config, config.database_url
         self.db = Postgres(url) if url.startswith("postgres") else SQLite(url)
-        self.counts: Counter[str] = Counter()
+        self.counts: defaultdict[str, float] = defaultdict(int)
         self.rooms: dict[str, Room] = {}
         self.users: defaultdict[str, set[Socket]] = defaultdict(set)
         self.waiting: dict[str, asyncio.Event] = {}  # for the next event of a room, by long polls
@@ -1133,6 +1131,7 @@ class Hub:
     def leave(self, socket: Socket) -> None:
         """Forgets a socket, and what only it needed."""
         room, username = socket.room, socket.login.username
+        socket.expiry.cancel()
         for group in (room.sockets, room.live, self.users[username]):
             group.discard(socket)
         if not self.users[username]:
@@ -1339,6 +1338,15 @@ def transact(work: Transaction, commands: Sequence[Command]) -> Operation[list[A
     return outcomes
 
 
+def keep_secret(path: str) -> str:
+    """Returns the key in a file that only its owner may read, made at the first call."""
+    with contextlib.suppress(FileExistsError):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(secrets.token_hex(32))
+    return Path(path).read_text("utf-8").strip()
+
+
 class Chat(Hub):
     """The server without its transports."""
 
@@ -1375,7 +1383,7 @@ class Chat(Hub):
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-            self.hashing.shutdown()
+            self.hashing.shutdown(cancel_futures=True)
             await self.db.close()
 
     def submit(self, name: str, fields: dict[str, Any], rooms: Sequence[str], reply: Reply) -> None:
@@ -1419,8 +1427,10 @@ class Chat(Hub):
         outcomes: list[Any] = []
         for attempt in range(3):
             work, failed = Transaction(self.config, self.db.row_lock), batch
+            began = time.monotonic()
             try:
                 outcomes = await self.db.write(transact, work, batch)
+                self.counts["commit_seconds"] += time.monotonic() - began
                 await self.announce_commit(work)
                 break
             except ChatError as error:
@@ -1442,7 +1452,9 @@ class Chat(Hub):
         for note in work.notes:
             self.obey(*note)
         self.publish(work.events)
-        self.counts.update(batches=1, messages=len(work.events))
+        self.counts["batches"] += 1
+        self.counts["batch_messages"] += len(work.events)
+        self.counts["messages"] += sum(event["kind"] == "message" for event in work.events)
         self.notes += work.notes
         if any(note[0] == "end" for note in work.notes):
             await self.tell()
@@ -1523,15 +1535,6 @@ class Chat(Hub):
         if not user or (user["username"], user["version"]) != (claims["sub"], claims.get("ver")):
             raise ChatError(401, "log in again: this log-in has ended")
         return Login(name, user["version"], claims["exp"])
-
-
-def keep_secret(path: str) -> str:
-    """Returns the key in a file that only its owner may read, made at the first call."""
-    with contextlib.suppress(FileExistsError):
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w") as file:
-            file.write(secrets.token_hex(32))
-    return Path(path).read_text("utf-8").strip()
 
 
 # --------------------------------------------------------------------------------------------- HTTP
@@ -1791,6 +1794,13 @@ FRAMES = {
 }
 
 
+def is_name(value: object) -> bool:
+    """Tells whether a client_id or target is one, so that it may be sent back."""
+    return type(value) is int or (
+        isinstance(value, str) and bool(re.fullmatch("[ -~]{1,64}", value))
+    )
+
+
 class ChatServer(Http):
     """The handler of the WebSocket, and with it the whole server."""
 
@@ -1970,13 +1980,6 @@ class ChatServer(Http):
             socket.send({"type": "ack", "client_id": data["client_id"], "seq": outcome[1]["seq"]})
 
 
-def is_name(value: object) -> bool:
-    """Tells whether a client_id or target is one, so that it may be sent back."""
-    return type(value) is int or (
-        isinstance(value, str) and bool(re.fullmatch("[ -~]{1,64}", value))
-    )
-
-
 # -------------------------------------------------------------------------------------- application
 # What stands around every handler, the route table, and how the program starts and stops.
 
@@ -2150,7 +2153,9 @@ async def serve(config: Config, listener: sockets.socket) -> None:
     )
     try:
         await runner.setup()
-        await web.SockSite(runner, listener, backlog=1024).start()
+        # A small number here means few accepted at a time, so that processes share them fairly.
+        await web.SockSite(runner, listener, backlog=8).start()
+        listener.listen(1024)
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         print(f"chatserver listening on http://{host}:{port}", flush=True)
@@ -2184,10 +2189,17 @@ def supervise(config: Config, listener: sockets.socket) -> None:
 
 def main() -> None:
     """Does what the command line asks for: with nothing but settings it runs the server."""
+    os.umask(0o077)  # the database is for nobody else to read
     words = sys.argv[1:]
     command = words[0] if words[:1] in (["backup"], ["set-password"]) and words[1:] else ""
     config = load_config(words[2:] if command else words)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with contextlib.suppress(
+        ImportError, ValueError
+    ):  # each socket takes one; Windows has no limit
+        resource = importlib.import_module("resource")
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)  # it logs a traceback for bad requests
     if command == "backup":
         backup(config, words[1])

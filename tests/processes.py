@@ -45,8 +45,10 @@ async def terminate(url: str, condition: str = "true") -> int:
     return len(rows)
 
 
-# A connection that hears NOTIFY is known by what it did last.
-LISTENS = "(query ILIKE 'listen%' OR query ILIKE '%pg_notify%')"
+async def deafen(url: str) -> None:
+    """Cut off whoever listens on this database, again and again; known by what they did last."""
+    while True:
+        await terminate(url, "(query ILIKE 'listen%' OR query ILIKE '%pg_notify%')")
 
 
 # --- Streams

@@ -12,11 +12,11 @@ from typing import Any, cast
 
 import aiohttp
 import httpx
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import pytest
-from authlib.integrations.httpx_client import AsyncOAuth2Client
-from oauthlib.oauth2 import InvalidGrantError, LegacyApplicationClient
-from requests_oauthlib import OAuth2Session
+from authlib.integrations.httpx_client import AsyncOAuth2Client  # type: ignore[import-untyped]
+from oauthlib.oauth2 import InvalidGrantError, LegacyApplicationClient  # type: ignore[import-untyped]
+from requests_oauthlib import OAuth2Session  # type: ignore[import-untyped]
 
 from tests.conftest import Start, missing
 from tests.helpers import PASSWORD, ROOT, Server, unique

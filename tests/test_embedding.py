@@ -195,11 +195,13 @@ async def test_twice_in_one_process(
         (await two.login(alice.username)).refused(400)
         bob = await two.user("bob")
         assert (await bob.get("/rooms/1/messages")).ok() == []
-        async with one.chat("1", token=alice.token) as first:
-            async with two.chat("1", token=bob.token) as second:
-                await second.deliver("there")
-                await first.deliver("here")
-                assert {event["username"] for event in first.events} == {alice.username}
+        async with (
+            one.chat("1", token=alice.token) as first,
+            two.chat("1", token=bob.token) as second,
+        ):
+            await second.deliver("there")
+            await first.deliver("here")
+            assert {event["username"] for event in first.events} == {alice.username}
 
 
 def test_create_app_opens_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Keeping a server for years: retention, backups, lost passwords, lost files, full disks, figures."""
+"""Keeping a server for years: retention, backups, lost passwords and files, full disks."""
 
 import asyncio
 import hashlib
@@ -268,18 +268,21 @@ async def test_a_backup_under_load_is_consistent_and_noticed(start: Start, tmp_p
     epoch = await alice.epoch("1")
     copy = tmp_path / "chat.db"
     acked: list[Event] = []
-    async with alice.chat("1") as one, bob.chat("1") as two:
-        async with background(chatter(one, acked), chatter(two, acked)):
-            await asyncio.sleep(0)
-            while len(acked) < 20:
-                await asyncio.sleep(0.01)
-            before = max(event["seq"] for event in acked)
-            arguments = ("backup", str(copy))
-            settings: dict[str, Any] = {"database_url": server.database}
-            for _ in range(2):  # the second replaces the first
-                done = await asyncio.to_thread(run, tmp_path, *arguments, **settings)
-                assert done[0] == 0, done
-            after = max(event["seq"] for event in acked)
+    async with (
+        alice.chat("1") as one,
+        bob.chat("1") as two,
+        background(chatter(one, acked), chatter(two, acked)),
+    ):
+        await asyncio.sleep(0)
+        while len(acked) < 20:
+            await asyncio.sleep(0.01)
+        before = max(event["seq"] for event in acked)
+        arguments = ("backup", str(copy))
+        settings: dict[str, Any] = {"database_url": server.database}
+        for _ in range(2):  # the second replaces the first
+            done = await asyncio.to_thread(run, tmp_path, *arguments, **settings)
+            assert done[0] == 0, done
+        after = max(event["seq"] for event in acked)
     assert after > before, "the server went on meanwhile"
     assert not list(tmp_path.glob("chat.db?*")), "only the copy is left behind"
     url = f"sqlite:///{copy}"
