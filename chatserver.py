@@ -88,7 +88,7 @@ RULES: dict[str, range | str] = {
 class Config:
     """Every setting and its default; config.ini has their meanings; for limits 0 means none."""
 
-    database_url: str = "sqlite:///./chat.db"
+    database_url: str = field(default="sqlite:///./chat.db", repr=False)  # may hold a password
     secret_key: str = field(default="", repr=False)
     algorithm: str = "HS256"
     access_token_expire_minutes: int = 60
@@ -117,7 +117,6 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuses a bad value with a ValueError that begins with the setting's name."""
-        postgres = self.database_url.startswith("postgres")
         for name, value in vars(self).items():
             rule = RULES.get(name, range(2**31) if isinstance(value, int) else ".*")
             fits = type(value) is type(getattr(Config, name))
@@ -130,6 +129,7 @@ class Config:
                 raise ValueError(f"{name}: {shown} is not {rule}")
         if "pgbouncer=true" in self.database_url:
             raise ValueError("database_url: LISTEN needs the direct address, not pgbouncer's")
+        postgres = self.database_url.startswith("postgres")
         if postgres and not self.secret_key:
             raise ValueError("secret_key: is required with Postgres, the same for all processes")
         if self.workers > 1 and not postgres:
@@ -453,8 +453,8 @@ class Postgres:
             "command_timeout": 15,
             "server_settings": dict([*self.timeouts, self.frozen]),
         }
-        interface, network = self.asyncpg.InterfaceError, (OSError, TimeoutError)
-        self.failures = (self.asyncpg.PostgresError, interface, *network)
+        errors = (self.asyncpg.PostgresError, self.asyncpg.InterfaceError)
+        self.failures = (*errors, self.asyncpg.InternalClientError, OSError, TimeoutError)
         self.warnings, self.process, self.heard = tuple[str, ...](), secrets.token_hex(4), 0.0
         self.pool: Any = None
         self.writer: Any = None
@@ -464,7 +464,9 @@ class Postgres:
         """Makes the tables, one process at a time; finds settings that lose what was acked."""
         schema = schema.replace("TEXT", 'TEXT COLLATE "C"').replace(" WITHOUT ROWID", "")
         try:
-            self.pool = await self.asyncpg.create_pool(min_size=0, max_size=4, **self.options)
+            self.pool = await self.asyncpg.create_pool(
+                min_size=0, max_size=4, reset=self.keep, **self.options
+            )
             async with self.pool.acquire() as connection, connection.transaction():
                 await connection.execute("SELECT pg_advisory_xact_lock(7304241)")
                 await connection.execute(schema)
@@ -479,6 +481,9 @@ class Postgres:
         """Drops every connection."""
         for connection in filter(None, (self.writer, self.listener, self.pool)):
             connection.terminate()
+
+    async def keep(self, connection: Any) -> None:
+        """Hands a connection back as it is: whoever reads leaves nothing behind."""
 
     async def drive(self, connection: Any, operation: Operation[T]) -> T:
         """Runs an operation to its end, each of its steps in one round trip."""
@@ -528,8 +533,8 @@ class Postgres:
     async def tell(self, notes: Sequence[Any]) -> None:
         """Tells all processes, this one too; who misses it finds out when it looks for itself."""
         with contextlib.suppress(*self.failures, AttributeError):  # no listener: it is connecting
-            for start in range(0, len(notes), 20):  # a NOTIFY holds less than 8000 bytes
-                payload = encode([self.process, notes[start : start + 20]])
+            for start in range(0, len(notes), 12):  # a NOTIFY holds less than 8000 bytes
+                payload = encode([self.process, notes[start : start + 12]])
                 notify = "SELECT pg_notify('chatserver', $1)"
                 await self.listener.execute(notify, payload, timeout=2)
 
@@ -587,7 +592,8 @@ LOCK_ROOM = """SELECT room_id, name, kind, seq, floor FROM rooms
     WHERE room_id = $1 AND kind <> 'deleted'"""
 ADD_ROOM = """INSERT INTO rooms (room_id, name, kind, seq, floor, created_by, created_at)
     VALUES ($1, $2, $3, 0, 0, $4, $5) ON CONFLICT DO NOTHING RETURNING room_id"""
-COUNT_ROOMS = "SELECT count(*) AS rooms FROM rooms WHERE created_by = $1 AND kind <> 'direct'"
+COUNT_ROOMS = """SELECT count(*) AS rooms FROM rooms
+    WHERE created_by = $1 AND kind IN ('public', 'private')"""
 SET_ROOM = "UPDATE rooms SET name = $2, kind = $3 WHERE room_id = $1"
 SET_SEQ = "UPDATE rooms SET seq = $2 WHERE room_id = $1"
 GET_HEAD = "SELECT room_id, seq, kind FROM rooms WHERE room_id = $1"
@@ -612,7 +618,8 @@ SET_MESSAGE = """UPDATE events SET message = $3, folded = $4, edited_at = $5
     WHERE room_id = $1 AND seq = $2"""
 LIST_TEXTS = """SELECT room_id, seq FROM events WHERE username = $1 AND message IS NOT NULL
     ORDER BY room_id, seq LIMIT 500"""
-LIST_EVENTS = f"{EVENT} WHERE e.room_id = $1 AND e.seq > $2 ORDER BY e.seq LIMIT $3"
+LIST_EVENTS = f"""{EVENT} WHERE e.room_id = $1 AND e.seq > $2 AND e.seq <= $3
+    ORDER BY e.seq LIMIT $4"""
 HISTORY = f"{EVENT} WHERE e.kind = 'message' AND e.room_id = $1 AND e.seq > $2 AND e.seq < $3"
 NEWEST = f"{HISTORY} ORDER BY e.seq DESC LIMIT $4"
 OLDEST = f"{HISTORY} ORDER BY e.seq LIMIT $4"
@@ -662,16 +669,22 @@ def iso_time(milliseconds: int) -> str:
 def describe(row: Row) -> dict[str, Any]:
     """Returns an event as clients see it, from the log or from what is being added to it."""
     kind, text = row["kind"], row["message"]
-    event = {"type": kind, **{name: row[name] for name in ("room_id", "seq", "username")}}
-    if kind == "member":
-        event |= {"member": row["member"], "role": row["role"]}
+    event = {"type": kind, "room_id": row["room_id"], "seq": row["seq"]}
+    event["username"] = row["username"]
+    if kind in ("edit", "delete"):
+        event["target"] = row["target"]
+    if kind in ("message", "edit"):
+        event["deleted" if text is None else "message"] = True if text is None else text
+    elif kind == "member":
+        event["member"], event["role"] = row["member"], row["role"]
     elif kind == "room":
         event["name"] = row["name"]
-    elif kind != "delete":
-        event |= {"deleted": True} if text is None else {"message": text}
     event["created_at"] = iso_time(row["created_at"])
-    event |= {name: row[name] for name in ("target", "client_id") if row[name]}
-    return event | ({"edited_at": iso_time(row["edited_at"])} if row["edited_at"] else {})
+    if row["edited_at"]:
+        event["edited_at"] = iso_time(row["edited_at"])
+    if row["client_id"]:
+        event["client_id"] = row["client_id"]
+    return event
 
 
 def show_user(row: Row) -> dict[str, Any]:
@@ -905,8 +918,9 @@ class Transaction:
         """Voids every token of a user; with a new password's hash, or with the old one."""
         if not (user := (yield from first(GET_USER, me))):
             raise ChatError(404, "there is no such user")
-        values = (me, password or user["password"], user["email"], void)
-        self.notes.append(("end", me, (yield from first(SET_USER, *values))["version"]))
+        values = (user["username"], password or user["password"], user["email"], void)
+        version = (yield from first(SET_USER, *values))["version"]
+        self.notes.append(("end", user["username"], version))
 
     def delete_user(self, me: str) -> Operation[None]:
         """Empties an account and leaves its rooms; the last owner's next in rank inherits."""
@@ -982,7 +996,8 @@ class Transaction:
         """Returns a page of history, oldest first."""
         room = yield from self.look_into(me, room_id)
         sql = OLDEST if after is not None and before is None else NEWEST
-        start, end = max(after or 0, room["floor"]), UNLIMITED if before is None else before
+        start, end = max(after or 0, room["floor"]), room["seq"] + 1
+        end = end if before is None else min(before, end)
         page = yield sql, [(room_id, start, end, limit)]
         return sorted(map(describe, page), key=lambda event: event["seq"])
 
@@ -1001,7 +1016,8 @@ class Transaction:
         if not room["floor"] <= after <= room["seq"] or epoch not in ("", now):
             more = {"floor": room["floor"], "seq": room["seq"], "epoch": now}
             raise ChatError(410, "there is nothing to resume from; start afresh from seq", **more)
-        page = yield LIST_EVENTS, [(room_id, after, limit)]
+        # Not beyond the head that was read together with the caller's role: that may be past.
+        page = yield LIST_EVENTS, [(room_id, after, room["seq"], limit)]
         return {"events": [*map(describe, page)], "seq": room["seq"], "epoch": now}
 
     def search(
@@ -1066,6 +1082,8 @@ class Socket:
         transport.get_extra_info("socket").setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 65536)
         self.transport, self.room, self.closed, self.typed = transport, room, False, 0.0
         self.heard = self.pinged = time.monotonic()
+        self.entered: int | None = None  # the head when it entered; what removed it has a later seq
+        self.removed = 0
         self.loop = asyncio.get_running_loop()
         self.expiry = self.loop.call_soon(int)  # takes the place of a timer until there is one
         self.renew(login)
@@ -1168,10 +1186,17 @@ class Hub:
             if event["kind"] == "member" and event["role"] in (None, "banned"):
                 self.fan_out(room, events[start:end])
                 start = end
-                gone = [one for one in room.sockets if one.login.username == event["member"]]
-                shut(gone, 4403, "you are no longer in this room")
+                self.remove(room, event["member"], event["seq"])
         self.fan_out(room, events[start:])
         room.cursor = events[-1]["seq"]
+
+    def remove(self, room: Room, member: str, seq: int) -> None:
+        """Closes the sockets of who was removed, unless they have come back since."""
+        for socket in list(room.sockets):
+            if socket.login.username == member:
+                socket.removed = seq
+                if socket.entered is not None and socket.entered < seq:
+                    socket.close(4403, "you are no longer in this room")
 
     def fan_out(self, room: Room, events: Sequence[Row]) -> None:
         """Encodes once, writes once a socket, and cuts off who lags too far behind."""
@@ -1200,7 +1225,7 @@ class Hub:
 
     async def catch_up(self, room: Room, cursor: int) -> None:
         """Brings a room a step nearer to its head; meanwhile others may do so as well."""
-        page = await self.db.read(each, LIST_EVENTS, [(room.room_id, cursor, 1000)])
+        page = await self.db.read(each, LIST_EVENTS, [(room.room_id, cursor, UNLIMITED, 1000)])
         page = [event for event in page if event["seq"] > (room.cursor or 0)]
         if page and page[0]["seq"] - 1 == room.cursor:
             self.deliver(room, page)
@@ -1216,8 +1241,9 @@ class Hub:
         while not socket.closed and cursor != room.cursor:
             page: list[Any] = []
             with contextlib.suppress(ChatError):
-                page = await self.db.read(each, LIST_EVENTS, [(room.room_id, cursor, PAGE)])
-            page = [event for event in page if event["seq"] <= (room.cursor or 0)]
+                page = await self.db.read(
+                    each, LIST_EVENTS, [(room.room_id, cursor, room.cursor, PAGE)]
+                )
             if not page:  # the database is away, or has more than this process has published
                 await asyncio.sleep(0.02)
                 continue
@@ -1354,9 +1380,11 @@ class Chat(Hub):
         super().__init__(config)
         self.key, self.epoch, self.stopping = config.secret_key, "", False
         self.queue, self.wake = list[Command](), asyncio.Event()
+        self.hour = asyncio.Event()  # set before an hour is over when there is something to delete
         self.connected: Counter[str] = Counter()  # sockets by address
         self.strangers: set[web.WebSocketResponse] = set()  # sockets that have not logged in
         self.hashing, self.hashes = ThreadPoolExecutor(2, "hash"), 0
+        self.turns = asyncio.Semaphore(2)
         self.messages = Limiter(config.messages_per_second, config.message_burst)
         self.frames = Limiter(20, 100)  # whatever else a socket sends; who floods us is cut off
         self.logins = Limiter(config.logins_per_minute / 60, config.logins_per_minute)
@@ -1378,8 +1406,6 @@ class Chat(Hub):
         try:
             yield
         finally:
-            while self.queue:
-                await asyncio.sleep(0.01)
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -1414,6 +1440,7 @@ class Chat(Hub):
             while batch := self.queue[:BATCH]:
                 await self.commit(batch)
                 del self.queue[: len(batch)]
+                await self.tell()
             await self.tell()
 
     async def tell(self) -> None:
@@ -1458,6 +1485,8 @@ class Chat(Hub):
         self.notes += work.notes
         if any(note[0] == "end" for note in work.notes):
             await self.tell()
+        if any(note[0] == "gone" for note in work.notes):
+            self.hour.set()
 
     async def tick(self) -> None:
         """Does what need not be done at once."""
@@ -1495,15 +1524,21 @@ class Chat(Hub):
                         fields["floor"] = min(floor + 500, goal)
                         await self.change("expire", [row["room_id"]], **fields)
                 await self.db.tidy()
-            await asyncio.sleep(3600)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.hour.wait(), 3600)
+            self.hour.clear()
 
-    async def hash(self, function: Callable[..., T], *values: Any) -> T:
+    async def hash(self, function: Callable[..., T], *values: Any, address: str | None = None) -> T:
         """Runs a password function on one of two threads; refuses when too many wait already."""
         if self.hashes >= HASHES:
             raise ChatError(503, "too many log-ins at once, try again soon", retry_after=2)
         self.hashes += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.hashing, function, *values)
+            async with self.turns:
+                if address is not None:  # others from there may have failed meanwhile
+                    self.logins.take(address, 0)
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(self.hashing, function, *values)
         finally:
             self.hashes -= 1
 
@@ -1512,7 +1547,7 @@ class Chat(Hub):
         self.logins.take(address, 0)
         user = await self.db.read(first, GET_USER, account)
         stored = user["password"] if user else NOBODY
-        if not await self.hash(verify_password, password, stored):
+        if not await self.hash(verify_password, password, stored, address=address):
             self.logins.take(address)
             raise refusal
         if not stored.startswith(f"{SCRYPT}$"):
@@ -1542,6 +1577,10 @@ class Chat(Hub):
 # returns. Only what is more than that has a handler of its own.
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+COUNTED = (
+    *("messages", "deliveries", "slow_readers"),
+    *("batches", "batch_messages", "commit_seconds"),
+)
 POSTING = ("post_message", "edit_message", "delete_message")
 
 
@@ -1765,21 +1804,20 @@ class Http(Chat):
         """Returns figures for Prometheus."""
         if self.config.metrics == "off":
             raise ChatError(404, "metrics are off")
-        sizes = {
-            "sockets": self.connected.total(),
-            "rooms": len(self.rooms),
-            "queue": len(self.queue),
-        }
-        lines = [
-            f"# TYPE chatserver_{name} gauge\nchatserver_{name} {n}" for name, n in sizes.items()
-        ]
-        for name, count in sorted(self.counts.items()):
-            kind, __, code = name.partition(" ")
-            lines.append(f"# TYPE chatserver_{kind}_total counter")
-            label = f'{{code="{code}"}}' if code else ""
-            lines.append(f"chatserver_{kind}_total{label} {count}")
-        unique_lines = dict.fromkeys(lines)  # one TYPE for all the codes of errors
-        return web.Response(text="\n".join(unique_lines) + "\n", content_type="text/plain")
+        sizes = {"sockets": self.connected.total(), "rooms": len(self.rooms)}
+        lines = []
+        for name, size in (*sizes.items(), ("queue", len(self.queue))):
+            lines += [f"# TYPE chatserver_{name} gauge", f"chatserver_{name} {size}"]
+        for name in COUNTED:
+            lines += [f"# TYPE chatserver_{name}_total counter"]
+            lines += [f"chatserver_{name}_total {self.counts[name]}"]
+        lines += ["# TYPE chatserver_errors_total counter"]
+        for name in sorted(self.counts.keys() - {*COUNTED}):
+            code = name.removeprefix("errors ")
+            lines += [f'chatserver_errors_total{{code="{code}"}} {self.counts[name]}']
+        text = "\n".join([*lines, ""]).encode()
+        headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        return web.Response(body=text, headers=headers)
 
 
 # ---------------------------------------------------------------------------------------- WebSocket
@@ -1814,6 +1852,16 @@ class ChatServer(Http):
             raise ChatError(503, "the server is full", retry_after=10)
         if self.connected[address] >= (self.config.sockets_per_address or UNLIMITED):
             raise ChatError(429, "too many sockets from this address", retry_after=10)
+        self.connected[address] += 1
+        try:
+            return await self.accept(request)
+        finally:
+            self.connected[address] -= 1
+            if request.transport:
+                request.transport.close()
+
+    async def accept(self, request: web.Request) -> web.WebSocketResponse:
+        """Takes a socket from its handshake to its end."""
         login = await self.identify(request) if "Authorization" in request.headers else None
         if login:
             await self.check_entry(request, login)
@@ -1822,21 +1870,20 @@ class ChatServer(Http):
             timeout=2, autoclose=False, autoping=False, compress=False, max_msg_size=size
         )
         await ws.prepare(request)
-        self.connected[address] += 1
         try:
             await self.converse(request, ws, login)
         except ChatError as error:
             await ws.close(code=error.close_code, message=str(error).encode()[:120])
-        finally:
-            self.connected[address] -= 1
-            if request.transport:
-                request.transport.close()
         return ws
+
+    def check_share(self, username: str) -> None:
+        """Refuses who has as many sockets as one may."""
+        if len(self.users.get(username, ())) >= (self.config.sockets_per_user or UNLIMITED):
+            raise ChatError(429, "too many sockets of this user", retry_after=10)
 
     async def check_entry(self, request: web.Request, login: Login) -> dict[str, Any]:
         """Refuses who may not connect to this room, or not from there; returns where to start."""
-        if len(self.users.get(login.username, ())) >= (self.config.sockets_per_user or UNLIMITED):
-            raise ChatError(429, "too many sockets of this user", retry_after=10)
+        self.check_share(login.username)
         query, room_id = self.query(request), request.match_info["room_id"]
         try:
             check(request.match_info, "room_id")
@@ -1868,6 +1915,7 @@ class ChatServer(Http):
         room_id, start = request.match_info["room_id"], await self.check_entry(request, login)
         if not (transport := request.transport):
             return
+        self.check_share(login.username)
         room = self.rooms.setdefault(room_id, Room(room_id))
         socket, replay = Socket(transport, room, login), None
         self.enter(socket)
@@ -1889,6 +1937,9 @@ class ChatServer(Http):
         room, login = socket.room, socket.login
         fields = {"me": login.username, "version": login.version, "room_id": room.room_id}
         role, floor, seq = await self.change("join", [room.room_id], **fields)
+        socket.entered = seq
+        if socket.removed > seq:
+            raise ChatError(403, "you are no longer in this room")
         room.cursor = seq if room.cursor is None else room.cursor
         self.notice(room.room_id, seq)
         where = {"room_id": room.room_id, "seq": seq, "epoch": self.epoch}
@@ -2081,7 +2132,9 @@ async def stop(app: web.Application) -> None:
     for event in server.waiting.values():
         event.set()
     shut(itertools.chain.from_iterable(server.users.values()), 1001, "shutting down")
-    await asyncio.gather(*(ws.close(code=1001, drain=False) for ws in server.strangers))
+    closing = [asyncio.ensure_future(ws.close(code=1001, drain=False)) for ws in server.strangers]
+    if closing:
+        await asyncio.wait(closing, timeout=1)
 
 
 def create_app(config: Config | None = None) -> web.Application:
@@ -2111,7 +2164,10 @@ def create_app(config: Config | None = None) -> web.Application:
         handlers[f"{method} {path}"] = server.route(name, method)
     for route, handler in handlers.items():
         method, path = route.split()
-        app.router.add_route(method, path, handler)
+        if method == "GET":
+            app.router.add_get(path, handler, allow_head="websockets" not in path)
+        else:
+            app.router.add_route(method, path, handler)
     return app
 
 
@@ -2120,13 +2176,17 @@ def backup(config: Config, target: str) -> None:
     if not config.database_url.startswith("sqlite"):
         print("use pg_dump; once restored: UPDATE meta SET value = 'new' WHERE name = 'epoch'")
         raise SystemExit(2)
-    path = quote(SQLite(config.database_url).path)
-    source = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-    with contextlib.closing(source), contextlib.closing(sqlite3.connect(f"{target}.part")) as copy:
-        source.backup(copy)
-        copy.execute(SET_EPOCH, {"1": secrets.token_hex(8)})
-        copy.commit()
-    Path(f"{target}.part").replace(target)
+    path, part = quote(SQLite(config.database_url).path), Path(f"{target}.part")
+    try:
+        source = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        with contextlib.closing(source), contextlib.closing(sqlite3.connect(part)) as copy:
+            source.backup(copy)
+            copy.execute(SET_EPOCH, {"1": secrets.token_hex(8)})
+            copy.commit()
+        part.replace(target)
+    except (sqlite3.Error, OSError) as error:
+        part.unlink(missing_ok=True)
+        raise SystemExit(f"chatserver: backup: {error}") from None
 
 
 async def reset_password(config: Config, username: str) -> None:
@@ -2149,7 +2209,7 @@ async def serve(config: Config, listener: sockets.socket) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     runner = web.AppRunner(
-        create_app(config), access_log=None, keepalive_timeout=20, shutdown_timeout=2
+        create_app(config), access_log=None, keepalive_timeout=20, shutdown_timeout=1
     )
     try:
         await runner.setup()
@@ -2168,23 +2228,35 @@ async def serve(config: Config, listener: sockets.socket) -> None:
 
 def supervise(config: Config, listener: sockets.socket) -> None:
     """Keeps `workers` processes on one socket, replaces one that dies, and stops them together."""
-    children, stopping = set[int](), threading.Event()
+    children, stopping, began = set[int](), threading.Event(), time.monotonic()
+    signals, failed = (signal.SIGTERM, signal.SIGINT), False
 
     def stop_all(*_: object) -> None:
         stopping.set()
         for child in children:
             os.kill(child, signal.SIGTERM)
 
+    for number in signals:
+        signal.signal(number, stop_all)
     while children or not stopping.is_set():
         while len(children) < config.workers and not stopping.is_set():
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until stop_all knows the child
             if not (child := os.fork()):
+                for number in signals:
+                    signal.signal(number, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
                 asyncio.run(serve(config, listener))
                 os._exit(0)
             children.add(child)
-            signal.signal(signal.SIGTERM, stop_all)
-            signal.signal(signal.SIGINT, stop_all)
-        children.discard(os.wait()[0])
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        child, status = os.wait()
+        children.discard(child)
+        if os.waitstatus_to_exitcode(status) == 1 and time.monotonic() - began < 10:
+            failed = True  # it could not start, and has said why
+            stop_all()
         stopping.wait(0.3)
+    if failed:
+        raise SystemExit(1)
 
 
 def main() -> None:
@@ -2212,10 +2284,11 @@ def main() -> None:
         except OSError as error:
             place = f"{config.host}:{config.port}"
             raise SystemExit(f"chatserver: port: {place}: {error.strerror}") from None
-        if config.workers > 1:
-            supervise(config, listener)
-        else:
-            asyncio.run(serve(config, listener))
+        with listener:
+            if config.workers > 1:
+                supervise(config, listener)
+            else:
+                asyncio.run(serve(config, listener))
 
 
 if __name__ == "__main__":

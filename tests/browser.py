@@ -245,11 +245,14 @@ class Tab:
 
     async def equals(self, code: str, wanted: object, patience: float = PATIENCE) -> None:
         """Wait until an expression has just this value."""
-        with suppress(AssertionError):
-            await self.wait(
-                f"JSON.stringify({code}) === JSON.stringify({json.dumps(wanted)})", patience
-            )
-        assert await self.js(code) == wanted, self.problems
+        deadline, value = time.monotonic() + patience, None
+        while time.monotonic() < deadline:
+            with suppress(PageError):
+                value = await self.js(code)
+                if value == wanted:
+                    return
+            await asyncio.sleep(0.02)
+        assert value == wanted, await self._missed(code)
 
     async def _missed(self, code: str) -> str:
         """Return what there was in the place of what was waited for."""

@@ -45,10 +45,14 @@ async def terminate(url: str, condition: str = "true") -> int:
     return len(rows)
 
 
-async def deafen(url: str) -> None:
-    """Cut off whoever listens on this database, again and again; known by what they did last."""
+# Connections that wait for NOTIFY are known by what they did last.
+LISTENERS = "(query ILIKE 'listen%' OR query ILIKE '%pg_notify%')"
+
+
+async def batter(url: str, condition: str = "true") -> None:
+    """Cut connections to this database without a pause."""
     while True:
-        await terminate(url, "(query ILIKE 'listen%' OR query ILIKE '%pg_notify%')")
+        await terminate(url, condition)
 
 
 # --- Streams
