@@ -1408,7 +1408,7 @@ class Chat(Hub):
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
+            await asyncio.wait(tasks, timeout=1)  # a database that hangs answers no farewell either
             self.hashing.shutdown(cancel_futures=True)
             await self.db.close()
 
@@ -1857,8 +1857,6 @@ class ChatServer(Http):
             return await self.accept(request)
         finally:
             self.connected[address] -= 1
-            if request.transport:
-                request.transport.close()
 
     async def accept(self, request: web.Request) -> web.WebSocketResponse:
         """Takes a socket from its handshake to its end."""
@@ -1874,6 +1872,9 @@ class ChatServer(Http):
             await self.converse(request, ws, login)
         except ChatError as error:
             await ws.close(code=error.close_code, message=str(error).encode()[:120])
+        finally:
+            if request.transport:
+                request.transport.close()
         return ws
 
     def check_share(self, username: str) -> None:
