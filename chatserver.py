@@ -141,20 +141,30 @@ class Config:
                 raise ValueError(f"trusted_proxies: {error}") from None
 
 
+ENV_LINE = re.compile(r"""\s*(?:export\s+)?(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)'|((?:(?!\s\#).)*))""")
+
+
 def read_settings(arguments: Iterable[str]) -> Iterator[tuple[str, str, str]]:
     """Yields all that is set anywhere as (place, name, text), the weakest place first."""
-    for place, heading in (("config.ini", ""), (".env", "[env]\n")):
-        parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(" #", " ;"))
-        text = Path(place).read_text("utf-8") if Path(place).is_file() else ""
-        parser.read_string(heading + text, place)
-        for section in parser.sections():
-            for name, value in parser[section].items():
-                yield place, name.removeprefix("export "), value.strip("'\"") if heading else value
+    ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(" #", " ;"))
+    try:
+        ini.read("config.ini", "utf-8")
+    except (configparser.Error, UnicodeError) as error:
+        raise ValueError(f"config.ini: {error}") from None
+    if strays := {*ini.sections(), *ini.defaults()} - {"chatserver"}:
+        raise ValueError(f"config.ini: {min(strays)}: all settings belong to [chatserver]")
+    for section in ini.sections():
+        yield from (("config.ini", name, text) for name, text in ini[section].items())
+    lines = Path(".env").read_text("utf-8").splitlines() if Path(".env").is_file() else []
+    for found in filter(None, map(ENV_LINE.match, lines)):
+        yield ".env", found[1].lower(), found[2] or found[3] or (found[4] or "").strip()
     yield from (("environment", name.lower(), text) for name, text in os.environ.items())
     options = iter(arguments)
     for option in options:
         name, equals, text = option.removeprefix("--").partition("=")
-        yield "command line", name.replace("-", "_"), text if equals else next(options, "")
+        if not equals and (text := next(options, "")) == "":
+            raise ValueError(f"command line: {option}: needs a value")
+        yield "command line", name.replace("-", "_"), text
 
 
 def load_config(arguments: Iterable[str] = ()) -> Config:
@@ -178,7 +188,7 @@ def load_config(arguments: Iterable[str] = ()) -> Config:
         if places.get("port") == "environment" and "host" not in places:
             values["host"] = ""  # hosting services that give PORT want every address
         return Config(**values)
-    except (ValueError, OSError, configparser.Error) as error:
+    except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         place = places.get(reason.partition(":")[0], "")
         raise SystemExit(f"chatserver: {place}{': ' if place else ''}{reason}") from None
@@ -351,7 +361,7 @@ class SQLite:
     warnings: tuple[str, ...] = ()
 
     def __init__(self, url: str) -> None:
-        self.path = unquote(url.partition("?")[0].partition(":///")[2])
+        self.path = os.path.realpath(unquote(url.partition("?")[0].partition(":///")[2]))
         self.local, self.opened = threading.local(), list[sqlite3.Connection]()
         durable = ("BEGIN IMMEDIATE", "synchronous=FULL", "secure_delete=ON")
         self.writing = ThreadPoolExecutor(1, "write", self.connect, durable)
@@ -1107,6 +1117,8 @@ class Socket:
             self.room.live.discard(self)
             payload = code.to_bytes(2, "big") + reason.encode()[:120]
             self.transport.write(to_frame(payload, WSMsgType.CLOSE))
+            if code == 1001 and self.transport.can_write_eof():
+                self.transport.write_eof()  # aiohttp reads no farewell while it shuts down
             self.loop.call_later(0.5 if code == 4408 else 2, self.transport.abort)
 
 

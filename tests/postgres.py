@@ -177,13 +177,19 @@ class Cluster:
         try:
             self._call([str(folder / "postgres"), "--version"])
         except (PermissionError, subprocess.CalledProcessError):
-            copy = self.folder / "pginstall"
-            skip = shutil.ignore_patterns("include", "*.a", "doc", "vector*")
-            shutil.copytree(folder.parent, copy, ignore=skip)
-            for path in (copy, *copy.rglob("*")):
-                self._give(path)
-            return copy / folder.name
+            return self._copy(folder)
         return folder
+
+    def _copy(self, folder: Path) -> Path:
+        """Copy the wheel's programs, with the libraries that lie beside its package, for them."""
+        package = folder.parent.parent
+        skip = shutil.ignore_patterns("include", "*.a", "doc", "vector*", "__pycache__")
+        for source in package.parent.glob(f"{package.name}*"):
+            if source in {package, package.with_suffix(".libs")}:
+                shutil.copytree(source, self.folder / source.name, ignore=skip)
+        for path in self.folder.rglob("*"):
+            self._give(path)
+        return self.folder / folder.relative_to(package.parent)
 
     def _run(self, program: str, *arguments: str) -> None:
         """Run one of Postgres' programs on this cluster's data."""

@@ -75,11 +75,11 @@ class Writers:
 async def test_1_a_kill_under_load_loses_nothing_acknowledged(start: Start) -> None:
     """After kill -9 every acknowledged message is there, under the number that was told."""
     server = await start(strict=False)
-    alice, bob = await server.users("alice", "bob")
-    writers = Writers(await alice.room(bob))
+    alice = await server.user("alice")
+    writers = Writers(await alice.room())
     for goal in (200, 500):
-        work = [writers.by_socket(user) for user in (alice, bob) * 4]
-        work += [writers.by_post(user) for user in (alice, bob) * 2]
+        work = [writers.by_socket(alice) for _ in range(8)]
+        work += [writers.by_post(alice) for _ in range(4)]
         async with background(*work) as tasks:
             await until(lambda goal=goal: len(writers.acked) >= goal, "messages")  # type: ignore[misc]
             await server.kill()
@@ -343,17 +343,17 @@ async def latencies(ws: Chat, observer: Chat, text: str, count: int) -> list[flo
 async def test_5_a_stalled_reader_delays_nobody_and_is_cut(start: Start) -> None:
     """In a room of 100 stalled readers change no latency, and are cut off and freed."""
     server = await start(strict=False)
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room(bob)
+    alice = await server.user("alice")
+    room = await alice.room()
     text = "愛" * 4000
-    wires = [Wire((alice, bob)[number % 2], room) for number in range(95)]
+    wires = [Wire(alice, room) for _ in range(95)]
     for wire in wires:
         wire.swallow()
     pid = server.process.popen.pid
     try:
-        async with alice.chat(room) as ws, bob.chat(room) as observer:
+        async with alice.chat(room) as ws, alice.chat(room) as observer:
             before = await latencies(ws, observer, text, 40)
-            stalled = [Wire(bob, room, buffer=4096) for _ in range(3)]
+            stalled = [Wire(alice, room, buffer=4096) for _ in range(3)]
             wires += stalled
             assert all(wire.held_by(pid) for wire in stalled)
             during: list[float] = []
@@ -577,8 +577,8 @@ async def test_8_a_deleted_text_is_nowhere(
     """A deleted text, with all its edits, is in no answer and in no byte of the database."""
     database = await asyncio.to_thread(new_database, tmp_path)
     server = await start(database=database)
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room(bob)
+    alice = await server.user("alice")
+    room = await alice.room()
     words = [unique(f"secret{number}") for number in range(4)]
     async with alice.chat(room) as ws:
         for number in range(50):
@@ -592,12 +592,12 @@ async def test_8_a_deleted_text_is_nowhere(
         for seq in (first, second):
             await ws.send({"type": "delete", "target": seq})
             await ws.event("delete", target=seq)
-    async with bob.chat(room, after=0) as replay:
+    async with alice.chat(room, after=0) as replay:
         await replay.upto(await alice.head(room))
     shown = [
         str(replay.frames),
-        str(await bob.events(room)),
-        str((await bob.get(f"/rooms/{room}/messages?limit=200")).ok()),
+        str(await alice.events(room)),
+        str((await alice.get(f"/rooms/{room}/messages?limit=200")).ok()),
         str((await alice.post(f"/rooms/{room}/messages", json=retry(words[0]))).ok(200)),
         *[str((await alice.get(f"/search?q={word}")).ok()) for word in words],
     ]
