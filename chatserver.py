@@ -1869,6 +1869,8 @@ class ChatServer(Http):
             return await self.accept(request)
         finally:
             self.connected[address] -= 1
+            if not self.connected[address]:
+                del self.connected[address]
 
     async def accept(self, request: web.Request) -> web.WebSocketResponse:
         """Takes a socket from its handshake to its end."""

@@ -36,7 +36,7 @@ PASSWORD = "1234"
 PATIENCE = 10.0
 NUMBERED = ("message", "edit", "delete", "member", "room")
 
-# Contract 6, one row a setting: its name and its default as a user would write it.
+# One row a setting: its name and its default as a user would write it.
 SETTINGS = {
     "database_url": "sqlite:///./chat.db",
     "secret_key": "",
@@ -208,7 +208,7 @@ class Answer:
         return self.json if self.body else None
 
     def refused(self, status: int, code: str = "") -> str:
-        """Check that this is the error of contract 3, and return its code."""
+        """Check that this is the error that is promised, and return its code."""
         assert self.status == status, f"expected {status} {code}: {self}"
         error = self.json
         assert isinstance(error["error"], str), self

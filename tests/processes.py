@@ -1,7 +1,7 @@
 """What tests of several processes need: clients that resume elsewhere, ways to break things.
 
 A `Ledger` knows what was sent and what was acknowledged; `writer` and `reader` are clients that do
-what the contract asks of clients: retry under the same client id, resume after the last number.
+what the README asks of clients: retry under the same client id, resume after the last number.
 """
 
 import asyncio
@@ -178,6 +178,9 @@ async def reader(
 # --- Postgres behind a wire that can be cut
 
 
+Pair = tuple[asyncio.StreamWriter, asyncio.StreamWriter]
+
+
 class Proxy:
     """A TCP proxy before Postgres that can swallow a COMMIT or its answer, and cut the wire."""
 
@@ -188,6 +191,8 @@ class Proxy:
         self._parts = parts
         self._server: asyncio.Server | None = None
         self._wires: set[asyncio.StreamWriter] = set()
+        self._listeners: set[Pair] = set()
+        self._muted: set[Pair] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._flows = asyncio.Event()
         self._flows.set()
@@ -229,6 +234,11 @@ class Proxy:
         """Forward nothing any more, but keep every connection open, as a dead network does."""
         self._flows.clear()
 
+    def mute(self) -> int:
+        """Forward nothing any more on connections that LISTEN; return how many there are."""
+        self._muted |= self._listeners
+        return len(self._muted)
+
     def arm(self, side: str, *, stay_down: bool = False) -> None:
         """Lose the next COMMIT on its way (`request`), or its `answer`, and cut that connection."""
         self.armed, self.stay_down = side, stay_down
@@ -251,18 +261,23 @@ class Proxy:
         source: asyncio.StreamReader,
         sink: asyncio.StreamWriter,
         side: str,
-        pair: tuple[asyncio.StreamWriter, asyncio.StreamWriter],
+        pair: Pair,
     ) -> None:
         """Forward one direction of a connection until it ends or is cut."""
         with suppress(OSError):
             while data := await source.read(1 << 16):
                 await self._flows.wait()
+                if b"LISTEN" in data:
+                    self._listeners.add(pair)
+                while pair in self._muted:
+                    await asyncio.sleep(0.05)
                 if self.armed == side and b"COMMIT" in data.upper():
                     self.armed, self.down = "", self.stay_down
                     self.cuts += 1
                     break
                 sink.write(data)
                 await sink.drain()
+        self._listeners.discard(pair)
         for wire in pair:
             wire.transport.abort()
             self._wires.discard(wire)

@@ -1,7 +1,7 @@
 """What a large log costs: pages, posts and resumes as with a small one; streams, lists and search.
 
 CHAT_GROWTH says how many events the large room has, CHAT_GROWTH_ROOM how many each of a hundred
-rooms; the defaults are for every day, a million and ten thousand are what the contract is about.
+rooms; the defaults are for every day, a million and ten thousand can be asked for.
 Every figure is printed (pytest -rP shows it). Bounds are loose: other things run beside tests.
 """
 

@@ -1,4 +1,4 @@
-"""Contract 5 and 6: every limit with its status, Retry-After or frame, and what it spares."""
+"""Every limit with its status, Retry-After or frame, and what it spares."""
 
 import asyncio
 import base64

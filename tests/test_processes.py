@@ -1,4 +1,4 @@
-"""Several processes on one Postgres are one server, whatever breaks (issue 3)."""
+"""Several processes on one Postgres are one server, whatever breaks."""
 
 import asyncio
 import os
@@ -417,6 +417,20 @@ async def until_quick(chats: Sequence[Chat], ledger: Ledger, patience: float) ->
     async with asyncio.timeout(patience):
         while await cross(chats, ledger) > 0.5:
             pass
+
+
+async def test_a_listener_that_falls_silent_is_replaced(trio: Trio, launch: Launch) -> None:
+    """When nothing arrives any more on a listening connection, the poll helps, then a new one."""
+    alice, bob = await trio.users(2)
+    ledger = Ledger(await alice.room(bob))
+    async with Proxy(trio.url) as proxy:
+        (server,) = await launch(proxy.url)
+        async with sockets((alice, ledger.room), (at(server, bob), ledger.room)) as chats:
+            await until_quick(chats, ledger, 3)
+            assert proxy.mute() == 1
+            assert await cross(chats, ledger) < 4
+            await until_quick(chats, ledger, 12)
+            await finish(ledger, alice, chats)
 
 
 async def test_a_wake_up_that_is_too_large_is_not_lost(trio: Trio) -> None:

@@ -1,4 +1,4 @@
-"""The promises of contract 2, each with a test that tries to break it."""
+"""The promises of the README, each with a test that tries to break it."""
 
 import asyncio
 import itertools

@@ -81,7 +81,7 @@ async def test_kind_and_name_have_defaults(server: Server) -> None:
     ],
 )
 async def test_a_bad_room_is_400(server: Server, change: dict[str, Any]) -> None:
-    """Ids, names and kinds outside of what the contract says are refused."""
+    """Ids, names and kinds outside of the rules are refused."""
     alice = await server.user("alice")
     room = unique("ok")
     body = {"room_id": room, "name": "Fine", "kind": "public"} | change
