@@ -1916,8 +1916,9 @@ class ChatServer(Http):
             data = parse_object(message.data) if message.type == WSMsgType.TEXT else {}
             if data.get("type") == "auth":
                 return await self.authenticate(data.get("token"))
-        except (TimeoutError, ChatError) as error:
-            LOGGER.debug("no log-in: %s", error)
+        except (TimeoutError, ChatError) as error:  # what was no JSON was no log-in either
+            if isinstance(error, ChatError) and error.status != 400:
+                raise
         finally:
             self.strangers.discard(ws)
         raise ChatError(401, "the first frame should be a valid log-in, within 10 s")

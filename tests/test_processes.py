@@ -24,6 +24,7 @@ from tests.helpers import (
     Account,
     Answer,
     Chat,
+    ClosedError,
     Event,
     Process,
     Server,
@@ -56,9 +57,11 @@ from tests.processes import (
 needs_proc = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux' /proc")
 
 
-def launch_process(folder: Path, url: str, *arguments: str, strict: bool = True) -> Process:
+def launch_process(
+    folder: Path, url: str, *arguments: str, strict: bool = True, **settings: object
+) -> Process:
     """Start a process on a database; all share the secret, as they have to."""
-    settings = {**NO_LIMITS, "secret_key": SECRET, "database_url": url}
+    settings = {**NO_LIMITS, "secret_key": SECRET, "database_url": url, **settings}
     return Process(folder, "--port=0", *arguments, settings=settings, strict=strict)
 
 
@@ -152,7 +155,7 @@ class Launch(Protocol):
     """Starts processes of the test's own."""
 
     async def __call__(
-        self, url: str, count: int = 1, *arguments: str, strict: bool = True
+        self, url: str, count: int = 1, *arguments: str, strict: bool = True, **settings: object
     ) -> list[Server]:
         """Start so many at once on this database, and wait until they listen."""
 
@@ -163,10 +166,13 @@ async def launch(session: aiohttp.ClientSession, tmp_path: Path) -> AsyncIterato
     started: list[Process] = []
 
     async def launch(
-        url: str, count: int = 1, *arguments: str, strict: bool = True
+        url: str, count: int = 1, *arguments: str, strict: bool = True, **settings: object
     ) -> list[Server]:
         """Start processes."""
-        new = [launch_process(tmp_path, url, *arguments, strict=strict) for _ in range(count)]
+        new = [
+            launch_process(tmp_path, url, *arguments, strict=strict, **settings)
+            for _ in range(count)
+        ]
         started.extend(new)
         for process in new:
             await asyncio.to_thread(process.listening)
@@ -420,7 +426,7 @@ async def until_quick(chats: Sequence[Chat], ledger: Ledger, patience: float) ->
 
 
 async def test_a_listener_that_falls_silent_is_replaced(trio: Trio, launch: Launch) -> None:
-    """When nothing arrives any more on a listening connection, the poll helps, then a new one."""
+    """A silent listening connection holds up no send; the poll stands in, then a new connection."""
     alice, bob = await trio.users(2)
     ledger = Ledger(await alice.room(bob))
     async with Proxy(trio.url) as proxy:
@@ -428,6 +434,10 @@ async def test_a_listener_that_falls_silent_is_replaced(trio: Trio, launch: Laun
         async with sockets((alice, ledger.room), (at(server, bob), ledger.room)) as chats:
             await until_quick(chats, ledger, 3)
             assert proxy.mute() == 1
+            for _ in range(4):
+                began = time.monotonic()
+                await insist(chats[1], ledger, "beside")
+                assert time.monotonic() - began < 1.5
             assert await cross(chats, ledger) < 4
             await until_quick(chats, ledger, 12)
             await finish(ledger, alice, chats)
@@ -557,29 +567,102 @@ async def test_shut_on_one_process_is_shut_on_all(trio: Trio, way: str) -> None:
             assert max(ws.numbers) <= removal
 
 
+@asynccontextmanager
+async def overtaken(url: str, request: Awaitable[Answer]) -> AsyncIterator[asyncio.Task[Answer]]:
+    """Hold up a request for a page of the log between its reads, if it needs more than one."""
+    waits = """SELECT 1 FROM pg_stat_activity
+        WHERE datname = current_database() AND wait_event_type = 'Lock'"""
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute("BEGIN; LOCK TABLE meta")
+        async with background(request) as (page,):
+            async with asyncio.timeout(2):
+                while not page.done() and not await query(url, waits):
+                    await asyncio.sleep(0.01)
+            yield page
+            await connection.execute("COMMIT")
+            await page
+    finally:
+        await connection.close()
+
+
 async def test_a_page_that_a_removal_overtakes_holds_nothing_later(trio: Trio) -> None:
     """Who is removed while a page of the log is read for them gets no later number in it."""
     alice, bob = await trio.users(2)
     room = await alice.room(bob, kind="private")
-    waits = """SELECT 1 FROM pg_stat_activity
-        WHERE datname = current_database() AND wait_event_type = 'Lock'"""
-    connection = await asyncpg.connect(trio.url)
-    try:
-        # If the server reads for a page what it needs one after the other, it waits here between.
-        await connection.execute("BEGIN; LOCK TABLE meta")
-        async with background(trio.on(1, bob).get(f"/rooms/{room}/events")) as (page,):
-            async with asyncio.timeout(2):
-                while not page.done() and not await query(trio.url, waits):
-                    await asyncio.sleep(0.01)
-            (await alice.delete(f"/rooms/{room}/members/{bob.username}")).ok(204)
-            removal = (await alice.get(f"/rooms/{room}")).ok()["seq"]
-            assert (await alice.say(room, "not for bob"))["seq"] == removal + 1
-            await connection.execute("COMMIT")
-            answer: Answer = await page
-    finally:
-        await connection.close()
+    request = trio.on(1, bob).get(f"/rooms/{room}/events")
+    async with overtaken(trio.url, request) as page:
+        (await alice.delete(f"/rooms/{room}/members/{bob.username}")).ok(204)
+        removal = (await alice.get(f"/rooms/{room}")).ok()["seq"]
+        assert (await alice.say(room, "not for bob"))["seq"] == removal + 1
+    answer = page.result()
     if answer.status != 403:
         assert all(event["seq"] <= removal for event in answer.ok()["events"]), answer
+
+
+async def test_a_page_that_the_retention_overtakes_has_no_hole(trio: Trio) -> None:
+    """When old events go while a page with them is read, the answer is all of them or a reset."""
+    (alice,) = await trio.users(1)
+    room = await alice.room()
+    for number in range(8):  # what has a client id is kept, without its text, to know a retry
+        await alice.say(room, "x", **({"client_id": "c"} if number == 1 else {}))
+    async with overtaken(trio.url, trio.on(1, alice).get(f"/rooms/{room}/events?after=2")) as page:
+        expire = "DELETE FROM events WHERE room_id = $1 AND seq <= 6 AND client_id IS NULL"
+        await query(trio.url, expire, room)
+        await query(trio.url, "UPDATE rooms SET floor = 6 WHERE room_id = $1", room)
+    answer = page.result()
+    if answer.status != 410:
+        numbers = [event["seq"] for event in answer.ok()["events"]]
+        assert numbers == list(range(3, 3 + len(numbers)))
+
+
+async def test_a_replay_that_the_retention_overtakes_has_no_hole(trio: Trio) -> None:
+    """When old events go while a slow reader is being sent them, it is cut off, not deceived."""
+    (alice,) = await trio.users(1)
+    room = await alice.room()
+    old = """INSERT INTO events
+        (room_id, seq, kind, username, created_at, message, folded, client_id)
+        SELECT $1, n, 'message', $2, 1000, repeat('x', 9000), 'x',
+        CASE n % 2 WHEN 1 THEN 'c' || n END
+        FROM generate_series(2, 600) AS n"""
+    await query(trio.url, old, room, alice.username)
+    await query(trio.url, "UPDATE rooms SET seq = 600 WHERE room_id = $1", room)
+    for after in (0, 1):
+        async with trio.on(1, alice).chat(room, after=after) as ws:
+            await ws.event("message")
+            expire = "DELETE FROM events WHERE room_id = $1 AND seq < 590 AND client_id IS NULL"
+            await query(trio.url, expire, room)
+            await query(trio.url, "UPDATE rooms SET floor = 589 WHERE room_id = $1", room)
+            with suppress(ClosedError):
+                await ws.upto(600)
+            assert ws.numbers == list(range(after + 1, after + 1 + len(ws.numbers)))
+        await query(trio.url, "UPDATE rooms SET floor = 0 WHERE room_id = $1", room)
+        await query(trio.url, old + " ON CONFLICT DO NOTHING", room, alice.username)
+
+
+async def test_retention_on_all_processes_at_once_never_shows_a_hole(
+    trio: Trio, launch: Launch
+) -> None:
+    """While three processes delete the same old events, the floor only rises; below it is reset."""
+    (alice,) = await trio.users(1)
+    room, count = await alice.room(), 15_000
+    old = """INSERT INTO events (room_id, seq, kind, username, created_at, message, folded)
+        SELECT $1, n, 'message', $2, 1000, 'x', 'x' FROM generate_series(2, $3::bigint) AS n"""
+    await query(trio.url, old, room, alice.username, count)
+    await query(trio.url, "UPDATE events SET created_at = 1000 WHERE room_id = $1", room)
+    await query(trio.url, "UPDATE rooms SET seq = $2 WHERE room_id = $1", room, count)
+    await alice.say(room, "young")
+    floors = [0]
+    starting = launch(trio.url, 3, strict=False, retention_days=1)
+    async with background(starting) as (started,), asyncio.timeout(20):
+        while floors[-1] < count:
+            ((floor,),) = await query(trio.url, "SELECT floor FROM rooms WHERE room_id = $1", room)
+            floors.append(floor)
+            answer = await alice.get(f"/rooms/{room}/events?after={floor}&limit=1")
+            if answer.status != 410:
+                assert answer.ok()["events"][0]["seq"] == floor + 1
+        await started
+    assert floors == sorted(floors)
 
 
 async def test_who_comes_back_after_a_removal_is_not_shut_out_by_it(trio: Trio) -> None:
