@@ -528,6 +528,22 @@ async def test_a_file_that_is_gone_stops_acknowledgements(start: Start, how: str
 
 
 @sqlite_only
+async def test_a_first_frame_while_the_database_is_away_is_told_to_come_back(start: Start) -> None:
+    """A log-in by first frame that cannot be checked closes 1013, which reconnects, not 4401."""
+    server = await start()
+    alice = await server.user()
+    path = file_of(server.database)
+    async with server.session.ws_connect(f"{server.url}/websockets/chat/1") as ws:
+        path.rename(f"{path}.away")
+        await ws.send_json({"type": "auth", "token": alice.token})
+        closing = await ws.receive(timeout=5)
+        assert (closing.data, ws.close_code) == (1013, 1013)
+    Path(f"{path}.away").rename(path)
+    async with alice.chat("1") as chat:
+        await chat.deliver("it has healed")
+
+
+@sqlite_only
 async def test_a_full_disk_loses_nothing_acknowledged(start: Start) -> None:
     """While nothing can be written sends are `unavailable`; with room again all goes on."""
     server = await start()
