@@ -641,7 +641,7 @@ SEARCH_ROOM = f"{SEARCH} AND e.room_id = $4 AND e.seq < $5 ORDER BY e.seq DESC L
 LIST_EXPIRED = """SELECT r.room_id, r.kind, r.seq, r.floor, (SELECT min(e.seq) FROM events e
     WHERE e.room_id = r.room_id AND e.seq > r.floor AND e.created_at >= $1) AS young
     FROM rooms r WHERE r.floor < r.seq"""
-SET_FLOOR = "UPDATE rooms SET floor = $2 WHERE room_id = $1"
+SET_FLOOR = "UPDATE rooms SET floor = $2 WHERE room_id = $1 AND floor < $2"
 EXPIRE = """DELETE FROM events
     WHERE room_id = $1 AND seq <= $2 AND (client_id IS NULL OR $3 = 'deleted')"""
 BLANK = """UPDATE events SET message = NULL, folded = NULL
@@ -1023,11 +1023,12 @@ class Transaction:
         """Returns the log after a cursor, as a WebSocket would."""
         room = yield from self.look_into(me, room_id)
         now = (yield from first(GET_EPOCH))["value"]
-        if not room["floor"] <= after <= room["seq"] or epoch not in ("", now):
-            more = {"floor": room["floor"], "seq": room["seq"], "epoch": now}
-            raise ChatError(410, "there is nothing to resume from; start afresh from seq", **more)
         # Not beyond the head that was read together with the caller's role: that may be past.
         page = yield LIST_EVENTS, [(room_id, after, room["seq"], limit)]
+        whole = (page[-1]["seq"] if page else room["seq"]) == after + len(page)
+        if not (whole and room["floor"] <= after <= room["seq"] and epoch in ("", now)):
+            more = {"floor": room["floor"], "seq": room["seq"], "epoch": now}
+            raise ChatError(410, "there is nothing to resume from; start afresh from seq", **more)
         return {"events": [*map(describe, page)], "seq": room["seq"], "epoch": now}
 
     def search(
@@ -1251,16 +1252,16 @@ class Hub:
         """Sends what follows a cursor, at the reader's pace, then in the same step goes live."""
         room = socket.room
         while not socket.closed and cursor != room.cursor:
-            page: list[Any] = []
+            page: list[Any] | None = None
             with contextlib.suppress(ChatError):
-                page = await self.db.read(
-                    each, LIST_EVENTS, [(room.room_id, cursor, room.cursor, PAGE)]
-                )
-            if not page:  # the database is away, or has more than this process has published
-                await asyncio.sleep(0.02)
+                values = (room.room_id, cursor, room.cursor, PAGE)
+                page = await self.db.read(each, LIST_EVENTS, [values])
+            if page is None or (not page and cursor > (room.cursor or 0)):
+                await asyncio.sleep(0.02)  # the database is away, or we have not published so far
                 continue
-            if page[0]["seq"] != cursor + 1:
+            if not page or page[-1]["seq"] != cursor + len(page):
                 socket.close(1001, "what you missed has expired, resume")
+                return
             socket.send(*map(describe, page))
             cursor = page[-1]["seq"]
             while not socket.closed and socket.transport.get_write_buffer_size() > WAITING // 4:
@@ -1392,6 +1393,7 @@ class Chat(Hub):
         super().__init__(config)
         self.key, self.epoch, self.stopping = config.secret_key, "", False
         self.queue, self.wake = list[Command](), asyncio.Event()
+        self.news, self.telling = asyncio.Event(), asyncio.Lock()
         self.hour = asyncio.Event()  # set before an hour is over when there is something to delete
         self.connected: Counter[str] = Counter()  # sockets by address
         self.strangers: set[web.WebSocketResponse] = set()  # sockets that have not logged in
@@ -1413,7 +1415,7 @@ class Chat(Hub):
             self.key = keep_secret(self.db.path + ".secret")
         await self.db.write(first, ADD_EPOCH, secrets.token_hex(8))
         self.epoch = (await self.db.read(first, GET_EPOCH))["value"]
-        forever = self.write_batches(), self.tick(), self.upkeep(), self.follow()
+        forever = self.write_batches(), self.spread(), self.tick(), self.upkeep(), self.follow()
         tasks = [asyncio.create_task(task) for task in (*forever, self.db.listen(self.hear))]
         try:
             yield
@@ -1452,13 +1454,19 @@ class Chat(Hub):
             while batch := self.queue[:BATCH]:
                 await self.commit(batch)
                 del self.queue[: len(batch)]
-                await self.tell()
+                self.news.set()
+            self.news.set()
+
+    async def spread(self) -> None:
+        """Tells other processes, beside the writer, so that neither waits for the other."""
+        while await self.news.wait():
+            self.news.clear()
             await self.tell()
 
     async def tell(self) -> None:
         """Sends the notes that have gathered to other processes."""
-        notes, self.notes = self.notes, []
-        if notes:
+        async with self.telling:
+            notes, self.notes = self.notes, []
             await self.db.tell(notes)
 
     async def commit(self, batch: Sequence[Command]) -> None:
