@@ -1406,7 +1406,7 @@ class Chat(Hub):
         self.registrations = Limiter(hourly / 3600, hourly)
 
     @contextlib.asynccontextmanager
-    async def running(self, _: object = None) -> AsyncIterator[None]:
+    async def running(self, _: object = None, *, listens: bool = True) -> AsyncIterator[None]:
         """Opens the database and runs the tasks; on the way out finishes what was accepted."""
         await self.db.open((HERE / "schema.sql").read_text("utf-8"))
         for warning in self.db.warnings:
@@ -1416,7 +1416,8 @@ class Chat(Hub):
         await self.db.write(first, ADD_EPOCH, secrets.token_hex(8))
         self.epoch = (await self.db.read(first, GET_EPOCH))["value"]
         forever = self.write_batches(), self.spread(), self.tick(), self.upkeep(), self.follow()
-        tasks = [asyncio.create_task(task) for task in (*forever, self.db.listen(self.hear))]
+        listen = [self.db.listen(self.hear)] if listens else []
+        tasks = [asyncio.create_task(task) for task in (*forever, *listen)]
         try:
             yield
         finally:
@@ -2221,7 +2222,7 @@ async def reset_password(config: Config, username: str) -> None:
         raise SystemExit("chatserver: the two differ")
     try:
         password = hash_password(check_password(typed, "password", config.password_min_length))
-        async with (server := Chat(config)).running():
+        async with (server := Chat(config)).running(listens=False):
             await server.change("set_password", me=username.lower(), password=password)
     except ChatError as error:
         raise SystemExit(f"chatserver: {error}") from None
