@@ -1253,10 +1253,11 @@ class Hub:
         room = socket.room
         while not socket.closed and cursor != room.cursor:
             page: list[Any] | None = None
+            published = room.cursor or 0  # as it is now: it moves on while we read
             with contextlib.suppress(ChatError):
-                values = (room.room_id, cursor, room.cursor, PAGE)
+                values = (room.room_id, cursor, published, PAGE)
                 page = await self.db.read(each, LIST_EVENTS, [values])
-            if page is None or (not page and cursor > (room.cursor or 0)):
+            if page is None or cursor > published:
                 await asyncio.sleep(0.02)  # the database is away, or we have not published so far
                 continue
             if not page or page[-1]["seq"] != cursor + len(page):
