@@ -12,8 +12,8 @@ frames of a room and hands them to each socket in one write.
 
 Words: *users* are *members* of *rooms*; whatever happens in a room is an *event* with a *seq*,
 and a *message* is one kind of event; a room's events in order are its *log*; a *cursor* is the
-seq up to which somebody has seen it; a *note* is what one process tells the others, and may be
-lost.
+seq up to which somebody has seen it; a *note* (kind, name, more) is what one process tells the
+others, and may be lost.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import re
 import secrets
@@ -57,7 +58,8 @@ from datetime import UTC, datetime
 from functools import lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from queue import SimpleQueue
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote, unquote
 
 import jwt
@@ -72,14 +74,14 @@ UNLIMITED = 2**53  # up to here every JSON client keeps whole numbers exactly
 # The fields of Config are the one table of settings. It is read once and passed down; only this
 # section knows where a value came from.
 
-RULES: dict[str, range | str] = {
+RULES: dict[str, range | str] = {  # otherwise a number is 0 or more, and a text is any text
     "access_token_expire_minutes": range(1, 10**8),
     "algorithm": "HS256|HS384|HS512",
     "database_url": r"sqlite(\+\w+)?:///.+|postgres(ql)?(\+\w+)?://.+",
     "metrics": "off|on",
     "port": range(65536),
     "registration": "open|closed",
-    "secret_key": r"(.{32,})?",
+    "secret_key": "(.{32,})?",
     "workers": range(1, 257),
 }
 
@@ -119,12 +121,11 @@ class Config:
         """Refuses a bad value with a ValueError that begins with the setting's name."""
         for name, value in vars(self).items():
             rule = RULES.get(name, range(2**31) if isinstance(value, int) else ".*")
-            fits = type(value) is type(getattr(Config, name))
-            if fits and isinstance(rule, range):
-                fits, rule = value in rule, f"from {rule[0]} to {rule[-1]}"
-            elif fits and isinstance(value, str):
-                fits = bool(re.fullmatch(str(rule), value, re.DOTALL))
-            if not fits:
+            if isinstance(rule, range):
+                fits, rule = type(value) is int and value in rule, f"from {rule[0]} to {rule[-1]}"
+            else:
+                fits = bool(re.fullmatch(rule, str(value), re.DOTALL))
+            if not (fits and isinstance(value, type(getattr(Config, name)))):
                 shown = "what was given" if name in ("secret_key", "database_url") else repr(value)
                 raise ValueError(f"{name}: {shown} is not {rule}")
         if "pgbouncer=true" in self.database_url:
@@ -134,29 +135,29 @@ class Config:
             raise ValueError("secret_key: is required with Postgres, the same for all processes")
         if self.workers > 1 and not postgres:
             raise ValueError("workers: SQLite belongs to one process, more than one needs Postgres")
-        for text in self.trusted_proxies:
-            try:
-                ipaddress.ip_network(text, strict=False)
-            except ValueError as error:
-                raise ValueError(f"trusted_proxies: {error}") from None
+        try:
+            [ipaddress.ip_network(text, strict=False) for text in self.trusted_proxies]
+        except ValueError as error:
+            raise ValueError(f"trusted_proxies: {error}") from None
 
 
 ENV_LINE = re.compile(r"""\s*(?:export\s+)?(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)'|((?:(?!\s\#).)*))""")
 
 
+def read_file(name: str) -> str:
+    """Returns the text of a file in the working directory, if there is one."""
+    return Path(name).read_text("utf-8", "replace") if Path(name).is_file() else ""
+
+
 def read_settings(arguments: Iterable[str]) -> Iterator[tuple[str, str, str]]:
     """Yields all that is set anywhere as (place, name, text), the weakest place first."""
     ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(" #", " ;"))
-    try:
-        ini.read("config.ini", "utf-8")
-    except (configparser.Error, UnicodeError) as error:
-        raise ValueError(f"config.ini: {error}") from None
+    ini.read_string(read_file("config.ini"), "config.ini")
     if strays := {*ini.sections(), *ini.defaults()} - {"chatserver"}:
         raise ValueError(f"config.ini: {min(strays)}: all settings belong to [chatserver]")
     for section in ini.sections():
         yield from (("config.ini", name, text) for name, text in ini[section].items())
-    lines = Path(".env").read_text("utf-8").splitlines() if Path(".env").is_file() else []
-    for found in filter(None, map(ENV_LINE.match, lines)):
+    for found in filter(None, map(ENV_LINE.match, read_file(".env").splitlines())):
         yield ".env", found[1].lower(), found[2] or found[3] or (found[4] or "").strip()
     yield from (("environment", name.lower(), text) for name, text in os.environ.items())
     options = iter(arguments)
@@ -169,62 +170,59 @@ def read_settings(arguments: Iterable[str]) -> Iterator[tuple[str, str, str]]:
 
 def load_config(arguments: Iterable[str] = ()) -> Config:
     """Reads every source; a bad setting ends the program with a line that names its place."""
-    places: dict[str, str] = {}
-    values: dict[str, Any] = {}
+    places, values = dict[str, str](), dict[str, Any]()
     try:
         for place, name, text in read_settings(arguments):
-            default = getattr(Config, name, None) if name in Config.__dataclass_fields__ else None
-            if default is None and place in ("config.ini", "command line"):
+            kind = type(getattr(Config, name)) if name in Config.__dataclass_fields__ else None
+            if kind is None and place in ("config.ini", "command line"):
                 raise ValueError(f"{place}: {name}: there is no such setting")
-            if default is None or not text:
+            if kind is None or not text:
                 continue
-            places[name] = place
-            if isinstance(default, tuple):
-                values[name] = tuple(part.strip() for part in text.split(",") if part.strip())
-            elif isinstance(default, int) and not re.fullmatch("-?[0-9]{1,12}", text):
-                raise ValueError(f"{name}: {text!r} is not a whole number")
-            else:
-                values[name] = type(default)(text)
+            places[name], values[name] = place, text
+            if kind is tuple:
+                values[name] = tuple(filter(None, map(str.strip, text.split(","))))
+            elif kind is int and re.fullmatch("[0-9]{1,12}", text):
+                values[name] = int(text)
         if places.get("port") == "environment" and "host" not in places:
             values["host"] = ""  # hosting services that give PORT want every address
         return Config(**values)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, configparser.Error) as error:
         reason = " ".join(str(error).split())
         place = places.get(reason.partition(":")[0], "")
         raise SystemExit(f"chatserver: {place}{': ' if place else ''}{reason}") from None
 
 
 # ------------------------------------------------------------------------------------------- errors
-# Whatever is refused, anywhere, is a ChatError: an HTTP status, a code for programs, a sentence
-# for people. A WebSocket that must close for it closes with 4000 + status, or 1013 where a retry
-# helps.
+# Whatever is refused, anywhere, is a ChatError. A WebSocket that must close for it closes with
+# 4000 + status, or with 1013 where a retry helps.
 
 CODES = {410: "reset", 413: "too_large", 429: "rate_limited", 500: "internal", 503: "unavailable"}
 
 
 class ChatError(Exception):
-    """A refusal; `more` joins its JSON. Not `settled`: it may have happened all the same."""
+    """A refusal: an HTTP status, a sentence for people, a code for programs, more for its JSON."""
 
     def __init__(self, status: int, detail: str, code: str = "", **more: Any) -> None:
         super().__init__(detail)
         phrase = HTTPStatus(status).phrase.lower().replace(" ", "_")
-        self.status, self.settled = status, more.pop("settled", True)
         self.body = {"error": code or CODES.get(status, phrase), "detail": detail, **more}
-        self.close_code = 1013 if status == 503 else 4000 + status
+        self.status, self.close_code = status, 1013 if status == 503 else 4000 + status
 
 
 MISTAKE = ChatError(500, "the server made a mistake, which is logged")
 
 # --------------------------------------------------------------------------------------- validation
 # What may come in, by the name of its field, wherever it stands: in a path, a query, JSON or a
-# frame.
+# frame; what a password is; and how much of anything one may do.
 
 encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 TEXT = r"[^\0\ud800-\udfff]"  # no NUL and no half of a surrogate pair: what every engine can hold
+ANYTHING = (f"{TEXT}*", "text without NUL")
 FIELDS: dict[str, range | tuple[str, str]] = {  # a number's range, or a text's pattern and meaning
     "account": (f"{TEXT}{{1,320}}", "a username or an e-mail address"),
     "client_id": ("[ -~]{1,64}", "1 to 64 printable ASCII characters"),
     "email": (r"[^\s@\0\ud800-\udfff]{1,64}@[^\s@\0\ud800-\udfff]{1,189}", "an e-mail address"),
+    "epoch": ANYTHING,
     "kind": ("public|private|direct", "public, private or direct"),
     "limit": range(1, UNLIMITED + 1),
     "message": (rf"(?=.*\S){TEXT}+", "text, not blank, without NUL"),
@@ -236,24 +234,23 @@ FIELDS: dict[str, range | tuple[str, str]] = {  # a number's range, or a text's 
     "room_id": ("[a-z0-9][a-z0-9_-]{0,63}", "1 to 64 of a-z 0-9 _ -, a letter or digit first"),
     "username": ("[a-z0-9][a-z0-9_.-]{1,31}", "2 to 32 of a-z 0-9 _ . -, a letter or digit first"),
 }
-ANYTHING = (f"{TEXT}*", "text without NUL")
 REQUIRED = inspect.Parameter.empty
 
 
 def check(
     data: Mapping[str, Any], name: str, default: Any = REQUIRED, *, spelled: bool = False
 ) -> Any:
-    """Returns a field, or its default, or refuses; a query spells its numbers."""
-    value, rule = data.get(name), FIELDS.get(name, range(UNLIMITED + 1))
-    if default is not REQUIRED and (name not in data or value is default is None):
+    """Returns a field, or its default, or refuses; paths and queries spell their numbers."""
+    if default is not REQUIRED and data.get(name, default) is default:
         return default
+    value, rule = data.get(name), FIELDS.get(name, range(UNLIMITED + 1))
     if isinstance(rule, range) and not isinstance(default, str):
-        if spelled and isinstance(value, str) and re.fullmatch("[0-9]{1,16}", value):
-            value = int(value)
+        if spelled and re.fullmatch("[0-9]{1,16}", str(value)):
+            value = int(str(value))
         if type(value) is int and value in rule:
             return value
         raise ChatError(400, f"{name}: should be a whole number from {rule[0]} to {rule[-1]}")
-    pattern, meaning = rule if isinstance(rule, tuple) else ANYTHING
+    pattern, meaning = ANYTHING if isinstance(rule, range) else rule
     if isinstance(value, str):
         if value.isascii() and name in ("username", "email", "prefix"):
             value = value.lower()
@@ -262,22 +259,14 @@ def check(
     raise ChatError(400, f"{name}: should be {meaning}")
 
 
-def check_password(data: Mapping[str, Any], name: str, shortest: int = 1) -> bytes:
-    """Returns a password's bytes as given; no NUL, since HMAC pads with it (RFC 2104 2)."""
-    password = str(check(data, name)).encode()
-    if not shortest <= len(password) <= 1024:
-        raise ChatError(400, f"{name}: should have {shortest} to 1024 bytes")
-    return password
-
-
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Refuses an object that has a key twice, since nobody knows which one was meant."""
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a key stands twice")
     return found
 
 
-def refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> None:
     """Refuses NaN and Infinity (RFC 8259 6)."""
     raise ValueError(f"{name} is not JSON")
 
@@ -299,6 +288,14 @@ SCRYPT = "scrypt$16384$8$5"  # N, r, p; a log-in hashes anew what was hashed wit
 NOBODY = f"{SCRYPT}${'00' * 16}${'00' * 64}"  # no password has this hash; finding out takes as long
 
 
+def check_password(data: Mapping[str, Any], name: str, shortest: int = 1) -> bytes:
+    """Returns a password's bytes as given; no NUL, since HMAC pads with it (RFC 2104 2)."""
+    password = str(check(data, name)).encode()
+    if not shortest <= len(password) <= 1024:
+        raise ChatError(400, f"{name}: should have {shortest} to 1024 bytes")
+    return password
+
+
 def hash_password(password: bytes, parameters: str = SCRYPT, salt: bytes = b"") -> str:
     """Returns scrypt (RFC 7914) with its parameters and salt; takes about 0.2 s of one core."""
     salt, (n, r, p) = salt or secrets.token_bytes(16), map(int, parameters.split("$")[1:])
@@ -316,14 +313,12 @@ class Limiter:
     """Leaky buckets, one a key: `burst` at once, then `rate` a second; 0 for either: no limit."""
 
     def __init__(self, rate: float, burst: float) -> None:
-        self.rate, self.burst = rate, burst
-        self.empty_at: dict[str, float] = {}
+        self.rate, self.burst, self.empty_at = rate, burst, dict[str, float]()
 
     def take(self, key: str, count: int = 1) -> None:
         """Puts `count` in if there is room for one more, or refuses and says when there will be."""
         if self.rate and self.burst:
-            now = time.monotonic()
-            empty_at = max(self.empty_at.get(key, 0), now)
+            empty_at = max(self.empty_at.get(key, 0), now := time.monotonic())
             if (wait := empty_at - now - (self.burst - 1) / self.rate) > 1e-9:
                 raise ChatError(429, "too much, wait a little", retry_after=int(wait) + 1)
             self.empty_at[key] = empty_at + count / self.rate
@@ -337,52 +332,59 @@ class Limiter:
 # ----------------------------------------------------------------------------------------- database
 # An operation is a generator: it yields (statement, rows of parameters), receives the rows that
 # come out, and returns its result. So one text serves both engines: sqlite3 drives it whole, on a
-# thread, in one hop, never cancelled half-way; asyncpg drives it with awaits. An operation
-# refuses before it writes, so that its refusal undoes nothing for others in its transaction. All
-# in which the engines differ is here; what a room or a user is, is not.
+# thread, never cancelled half-way; asyncpg drives it with awaits. All in which the engines differ
+# is here; what a room or a user is, is not.
 
 Row = Mapping[str, Any]
 Operation = Generator[tuple[str, Sequence[Sequence[Any]]], list[Any], T]
-Hear = Callable[[str, list[Any]], None]
 NUMBERS = tuple(map(str, range(1, 20)))
+READ, WRITE = "BEGIN", "BEGIN IMMEDIATE"
+NOTIFY = "SELECT pg_notify('chatserver', $1)"
 
 
-def unavailable(reason: BaseException, *, settled: bool = True) -> ChatError:
-    """Logs why the database cannot answer, and returns the refusal."""
-    LOGGER.error("database: %s: %s", type(reason).__name__, str(reason).partition("\n")[0])
-    detail = "the database cannot be reached, try again soon"
-    return ChatError(503, detail, settled=settled, retry_after=2)
+class DatabaseError(ChatError):
+    """The database cannot answer; `undone` if it is certain that nothing was changed."""
+
+    logged = 0.0  # when one was; a second later the next one is
+
+    def __init__(self, reason: BaseException, *, undone: bool = False) -> None:
+        super().__init__(503, "the database cannot be reached, try again soon", retry_after=2)
+        self.undone = undone
+        if time.monotonic() - self.logged > 1:
+            DatabaseError.logged = time.monotonic()
+            LOGGER.error("database: %s: %s", type(reason).__name__, str(reason).partition("\n")[0])
 
 
 class SQLite:
-    """A file that belongs to one process: one thread writes, three read, each on its connection."""
+    """A file that belongs to this process: one thread writes, three read, each on a connection."""
 
-    name, row_lock, shared = "sqlite", "", False
-    warnings: tuple[str, ...] = ()
+    name, row_lock, shared, warnings = "sqlite", "", False, tuple[str, ...]()
 
     def __init__(self, url: str) -> None:
         self.path = os.path.realpath(unquote(url.partition("?")[0].partition(":///")[2]))
-        self.local, self.opened = threading.local(), list[sqlite3.Connection]()
-        durable = ("BEGIN IMMEDIATE", "synchronous=FULL", "secure_delete=ON")
-        self.writing = ThreadPoolExecutor(1, "write", self.connect, durable)
-        self.reading = ThreadPoolExecutor(3, "read", self.connect, ("BEGIN", "query_only=ON"))
+        self.threads = {READ: ThreadPoolExecutor(3), WRITE: ThreadPoolExecutor(1)}
+        self.idle = {begin: SimpleQueue[sqlite3.Connection]() for begin in self.threads}
+        self.opened = list[sqlite3.Connection]()
 
-    def connect(self, begin: str, *pragmas: str, suffix: str = "") -> sqlite3.Connection:
-        """Opens a connection for this thread, whose transactions begin like this."""
-        path, self.local.begin = self.path + suffix, begin
+    def connect(self, *pragmas: str, suffix: str = "") -> sqlite3.Connection:
+        """Opens a connection for any thread."""
+        path = self.path + suffix
         connection = sqlite3.connect(path, 0, isolation_level=None, check_same_thread=False)
         connection.row_factory = sqlite3.Row
-        self.opened.append(connection)
+        self.opened.insert(0, connection)
         for pragma in pragmas:
             connection.execute(f"PRAGMA {pragma}")
-        self.local.connection = connection
         return connection
 
     async def open(self, schema: str) -> None:
         """Takes the file for this process alone and makes its tables, or ends the program."""
         try:
-            self.connect("", suffix="-lock").execute("BEGIN EXCLUSIVE")
-            self.connect("", "journal_mode=WAL", "synchronous=FULL").executescript(schema)
+            self.connect(suffix="-lock").execute("BEGIN EXCLUSIVE")
+            self.writer = self.connect("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON")
+            self.writer.executescript(schema)
+            self.idle[WRITE].put(self.writer)
+            for _ in range(3):
+                self.idle[READ].put(self.connect("query_only=ON"))
             self.inode = os.stat(self.path).st_ino
         except (sqlite3.Error, OSError) as error:
             reason = "another process uses it" if "locked" in str(error) else error
@@ -390,93 +392,80 @@ class SQLite:
 
     async def close(self) -> None:
         """Lets what runs end, then frees the file."""
-        self.writing.shutdown()
-        self.reading.shutdown()
-        for connection in reversed(self.opened):
+        for threads in self.threads.values():
+            threads.shutdown()
+        for connection in self.opened:
             connection.close()
 
-    def transact(self, operation: Operation[T]) -> T:
+    def transact(self, begin: str, operation: Operation[T]) -> T:
         """Runs an operation and commits; binds $1 by name, as 3.11 misbinds by position."""
-        connection, rows = self.local.connection, None
-        if os.stat(self.path).st_ino != self.inode:
-            raise sqlite3.OperationalError("the file was replaced under the running server")
-        connection.execute(self.local.begin)
+        connection, rows = self.idle[begin].get(), list[Any]()
         try:
+            if os.stat(self.path).st_ino != self.inode:
+                raise sqlite3.OperationalError("the file was replaced under the running server")
+            connection.execute(begin)
+            sql, many = next(operation)
             while True:
-                sql, many = operation.send(rows)  # type: ignore[arg-type]  # it starts with None
                 bound = (dict(zip(NUMBERS, values, strict=False)) for values in many)
                 rows = [row for values in bound for row in connection.execute(sql, values)]
+                sql, many = operation.send(rows)
         except StopIteration as stop:
             connection.execute("COMMIT")
             return stop.value  # type: ignore[no-any-return]
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
+            self.idle[begin].put(connection)
 
-    async def run(self, threads: ThreadPoolExecutor, function: Callable[..., T], *values: Any) -> T:
-        """Runs a function on a thread."""
+    async def run(self, begin: str, operation: Operation[T]) -> T:
+        """Returns what an operation returned: what it read in one snapshot, or what is on disk."""
+        loop, threads = asyncio.get_running_loop(), self.threads[begin]
         try:
-            return await asyncio.get_running_loop().run_in_executor(threads, function, *values)
+            return await loop.run_in_executor(threads, self.transact, begin, operation)
         except (sqlite3.Error, OSError) as error:
-            raise unavailable(error) from error
-
-    async def read(self, operation: Callable[..., Operation[T]], *values: Any) -> T:
-        """Returns what an operation finds in one snapshot."""
-        return await self.run(self.reading, self.transact, operation(*values))
-
-    async def write(self, operation: Callable[..., Operation[T]], *values: Any) -> T:
-        """Returns what an operation returned, once its transaction is on disk."""
-        return await self.run(self.writing, self.transact, operation(*values))
+            raise DatabaseError(error) from error
 
     async def tidy(self) -> None:
         """Empties the write-ahead log, where erased text would linger."""
-        checkpoint = "PRAGMA wal_checkpoint(TRUNCATE)"
-        await self.run(self.writing, lambda: self.local.connection.execute(checkpoint).fetchall())
+        work = partial(self.writer.executescript, "PRAGMA wal_checkpoint(TRUNCATE)")
+        with contextlib.suppress(sqlite3.Error):
+            await asyncio.get_running_loop().run_in_executor(self.threads[WRITE], work)
 
     async def tell(self, notes: Sequence[Any]) -> None:
         """Has nobody to tell: all who use the file are in this process."""
 
-    async def listen(self, hear: Hear) -> None:
-        """Has nobody to listen to."""
-
 
 class Postgres:
-    """A database that processes share; in each, one connection writes, one carries notes."""
+    """A database that processes share; one connection of each carries notes."""
 
-    name, row_lock, shared = "postgres", " FOR UPDATE", True
+    name, row_lock, shared, warnings = "postgres", " FOR UPDATE", True, tuple[str, ...]()
     allowed = ("host", "port", "user", "password", "sslmode", "sslrootcert", "sslcert", "sslkey")
-    timeouts = (("lock_timeout", "3s"), ("statement_timeout", "10s"))
-    frozen = (
-        "idle_in_transaction_session_timeout",
-        "800ms",
-    )  # so that no frozen process blocks rooms
 
     def __init__(self, url: str) -> None:
         """Rewrites the URL for asyncpg, which takes every parameter unknown to it as a setting."""
+        asyncpg = importlib.import_module("asyncpg")  # only who has Postgres needs it
         account, at, rest = url.partition("://")[2].rpartition("@")
         place, _, query = rest.partition("?")
         account = ":".join(quote(unquote(part), "") for part in account.split(":", 1))
         kept = "&".join(one for one in query.split("&") if one.partition("=")[0] in self.allowed)
-        self.asyncpg = importlib.import_module("asyncpg")
         self.options = {"dsn": f"postgresql://{account}{at}{place}?{kept}", "timeout": 5}
-        self.options |= {
-            "command_timeout": 15,
-            "server_settings": dict([*self.timeouts, self.frozen]),
-        }
-        errors = (self.asyncpg.PostgresError, self.asyncpg.InterfaceError)
-        self.failures = (*errors, self.asyncpg.InternalClientError, OSError, TimeoutError)
-        self.warnings, self.process, self.heard = tuple[str, ...](), secrets.token_hex(4), 0.0
+        limits = {"lock_timeout": "3s", "statement_timeout": "10s"}
+        limits["idle_in_transaction_session_timeout"] = "800ms"  # a frozen process blocks no room
+        self.options |= {"command_timeout": 15, "server_settings": limits}
+        errors = asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError
+        self.failures = (*errors, OSError, TimeoutError)
+        self.refusals = asyncpg.TransactionRollbackError, asyncpg.LockNotAvailableError
+        self.asyncpg, self.process, self.heard = asyncpg, secrets.token_hex(4), 0.0
+        self.telling = asyncio.Lock()
         self.pool: Any = None
-        self.writer: Any = None
         self.listener: Any = None
 
     async def open(self, schema: str) -> None:
         """Makes the tables, one process at a time; finds settings that lose what was acked."""
         schema = schema.replace("TEXT", 'TEXT COLLATE "C"').replace(" WITHOUT ROWID", "")
+        sizes = {"min_size": 0, "max_size": 4, "reset": self.keep}
         try:
-            self.pool = await self.asyncpg.create_pool(
-                min_size=0, max_size=4, reset=self.keep, **self.options
-            )
+            self.pool = await self.asyncpg.create_pool(**sizes, **self.options)
             async with self.pool.acquire() as connection, connection.transaction():
                 await connection.execute("SELECT pg_advisory_xact_lock(7304241)")
                 await connection.execute(schema)
@@ -487,82 +476,60 @@ class Postgres:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise SystemExit(f"chatserver: database_url: {reason}") from None
 
+    async def keep(self, connection: Any) -> None:
+        """Hands a connection back as it is: nobody leaves anything behind."""
+
     async def close(self) -> None:
         """Drops every connection."""
-        for connection in filter(None, (self.writer, self.listener, self.pool)):
+        for connection in filter(None, (self.listener, self.pool)):
             connection.terminate()
-
-    async def keep(self, connection: Any) -> None:
-        """Hands a connection back as it is: whoever reads leaves nothing behind."""
 
     async def drive(self, connection: Any, operation: Operation[T]) -> T:
         """Runs an operation to its end, each of its steps in one round trip."""
-        rows: Any = None
         try:
+            sql, many = next(operation)
             while True:
-                sql, many = operation.send(rows)
+                rows = []
                 if len(many) == 1:
                     rows = await connection.fetch(sql, *many[0])
-                else:
-                    rows = await connection.fetchmany(sql, many) if many else []
+                elif many:
+                    rows = await connection.fetchmany(sql, many)
+                sql, many = operation.send(rows)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
 
-    async def read(self, operation: Callable[..., Operation[T]], *values: Any) -> T:
-        """Returns what an operation finds; tries twice, as a connection may have died unnoticed."""
-        for last in (False, True):
-            try:
-                async with self.pool.acquire(timeout=5) as connection:
-                    return await self.drive(connection, operation(*values))
-            except self.failures as error:
-                if last:
-                    raise unavailable(error) from error
-        raise AssertionError
-
-    async def write(self, operation: Callable[..., Operation[T]], *values: Any) -> T:
+    async def run(self, begin: str, operation: Operation[T]) -> T:
         """Returns what an operation returned, once committed; a failed COMMIT may have happened."""
-        settled = True
         try:
-            self.writer = self.writer or await self.asyncpg.connect(**self.options)
-            await self.writer.execute("BEGIN")
-            result = await self.drive(self.writer, operation(*values))
-            settled = False
-            await self.writer.execute("COMMIT")
-        except BaseException as error:
-            if self.writer:
-                self.writer.terminate()  # and with it all that the transaction had begun
-            self.writer = None
-            if isinstance(error, self.failures):
-                raise unavailable(error, settled=settled) from error
-            raise
-        return result
-
-    async def tidy(self) -> None:
-        """Leaves that to autovacuum."""
+            async with self.pool.acquire(timeout=5) as connection:
+                if begin == READ:
+                    return await self.drive(connection, operation)
+                async with connection.transaction():
+                    return await self.drive(connection, operation)
+        except self.failures as error:
+            raise DatabaseError(error, undone=isinstance(error, self.refusals)) from error
 
     async def tell(self, notes: Sequence[Any]) -> None:
         """Tells all processes, this one too; who misses it finds out when it looks for itself."""
+        rows = [(encode((self.process, *note)),) for note in notes]
         with contextlib.suppress(*self.failures, AttributeError):  # no listener: it is connecting
-            for start in range(0, len(notes), 12):  # a NOTIFY holds less than 8000 bytes
-                payload = encode([self.process, notes[start : start + 12]])
-                notify = "SELECT pg_notify('chatserver', $1)"
-                await self.listener.execute(notify, payload, timeout=2)
+            async with self.telling:
+                await self.listener.executemany(NOTIFY, rows, timeout=2)
 
-    async def listen(self, hear: Hear) -> None:
-        """Calls hear(process, notes); hear("", []) whenever something may have been missed."""
+    async def listen(self, hear: Callable[..., None]) -> None:
+        """Calls hear with what others tell; connects anew when not even its own echo comes."""
 
         def receive(_connection: Any, _pid: int, _channel: str, payload: str) -> None:
             self.heard = time.monotonic()
-            process, notes = json.loads(payload)
+            process, *note = json.loads(payload)
             if process != self.process:
-                hear(process, notes)
+                hear(*note, process)
 
         while True:
             with contextlib.suppress(*self.failures):
-                self.heard = time.monotonic()
                 self.listener = await self.asyncpg.connect(**self.options)
                 await self.listener.add_listener("chatserver", receive)
-                hear("", [])
+                self.heard = time.monotonic()
                 while not self.listener.is_closed() and time.monotonic() - self.heard < 6:
                     await asyncio.sleep(0.2)
             if self.listener:
@@ -576,8 +543,7 @@ class Postgres:
 EVENT = """SELECT e.room_id, e.seq, e.kind, e.username, e.target, e.member, e.role, e.name,
     coalesce(e.message, t.message) AS message, e.created_at, e.edited_at, e.client_id
     FROM events e LEFT JOIN events t ON t.room_id = e.room_id AND t.seq = e.target"""
-ROOM = """SELECT r.room_id, r.name, r.kind, r.seq, r.floor, m.role,
-    coalesce(m.read_seq, 0) AS read_seq,
+ROOM = """SELECT r.room_id, r.name, r.kind, r.seq, m.role, coalesce(m.read_seq, 0) AS read_seq,
     (SELECT count(*) FROM (SELECT 1 AS one FROM events e WHERE m.role IS NOT NULL
     AND e.room_id = r.room_id AND e.seq > m.read_seq AND e.message IS NOT NULL AND e.username <> $1
     LIMIT 1001) AS newer) AS unread FROM rooms r
@@ -593,20 +559,18 @@ GET_USER = """SELECT username, email, password, version, created_at FROM users
     WHERE (username = $1 OR email = $1) AND password IS NOT NULL"""
 LIST_USERS = """SELECT username, created_at FROM users WHERE password IS NOT NULL AND username > $1
     AND substr(username, 1, length($2)) = $2 ORDER BY username LIMIT $3"""
-COUNT_USERS = "SELECT count(*) AS users FROM users"
 SET_USER = """UPDATE users SET password = $2, email = $3, version = version + $4
     WHERE username = $1 RETURNING version"""
 LIST_ROOMS = f"{ROOM} AND {READABLE} ORDER BY r.room_id"
 GET_ROOM = f"{ROOM} AND r.room_id = $2"
-LOCK_ROOM = """SELECT room_id, name, kind, seq, floor FROM rooms
-    WHERE room_id = $1 AND kind <> 'deleted'"""
+LOCK_ROOM = "SELECT room_id, name, kind, seq, floor FROM rooms WHERE room_id = $1"
 ADD_ROOM = """INSERT INTO rooms (room_id, name, kind, seq, floor, created_by, created_at)
-    VALUES ($1, $2, $3, 0, 0, $4, $5) ON CONFLICT DO NOTHING RETURNING room_id"""
+    VALUES ($1, $2, $3, 0, 0, $4, $5) ON CONFLICT DO NOTHING
+    RETURNING room_id, name, kind, seq, floor"""
 COUNT_ROOMS = """SELECT count(*) AS rooms FROM rooms
     WHERE created_by = $1 AND kind IN ('public', 'private')"""
 SET_ROOM = "UPDATE rooms SET name = $2, kind = $3 WHERE room_id = $1"
 SET_SEQ = "UPDATE rooms SET seq = $2 WHERE room_id = $1"
-GET_HEAD = "SELECT room_id, seq, kind FROM rooms WHERE room_id = $1"
 LIST_MEMBERS = "SELECT username, role FROM members WHERE room_id = $1 ORDER BY username"
 GET_ROLE = "SELECT room_id, username, role FROM members WHERE room_id = $1 AND username = $2"
 GET_HEIR = """SELECT username, role FROM members
@@ -638,9 +602,10 @@ SEARCH = f"""{EVENT} JOIN rooms r ON r.room_id = e.room_id AND r.kind <> 'delete
     WHERE e.folded LIKE $2 ESCAPE '!' AND e.seq > r.floor AND {READABLE}"""
 SEARCH_ALL = f"{SEARCH} ORDER BY e.created_at DESC, e.room_id, e.seq DESC LIMIT $3"
 SEARCH_ROOM = f"{SEARCH} AND e.room_id = $4 AND e.seq < $5 ORDER BY e.seq DESC LIMIT $3"
-LIST_EXPIRED = """SELECT r.room_id, r.kind, r.seq, r.floor, (SELECT min(e.seq) FROM events e
-    WHERE e.room_id = r.room_id AND e.seq > r.floor AND e.created_at >= $1) AS young
-    FROM rooms r WHERE r.floor < r.seq"""
+LIST_EXPIRED = """SELECT room_id, kind, floor, goal FROM (SELECT r.room_id, r.kind, r.floor,
+    CASE r.kind WHEN 'deleted' THEN r.seq ELSE coalesce((SELECT min(e.seq) - 1 FROM events e
+    WHERE e.room_id = r.room_id AND e.seq > r.floor AND e.created_at >= $1), r.seq) END AS goal
+    FROM rooms r) AS aged WHERE goal > floor"""
 SET_FLOOR = "UPDATE rooms SET floor = $2 WHERE room_id = $1 AND floor < $2"
 EXPIRE = """DELETE FROM events
     WHERE room_id = $1 AND seq <= $2 AND (client_id IS NULL OR $3 = 'deleted')"""
@@ -660,13 +625,20 @@ def first(sql: str, *values: Any) -> Operation[Any]:
 
 # --------------------------------------------------------------------------------------- operations
 # What users can do and see. Each is named like its route, takes who asks and the fields that it
-# needs, by the names that they have in JSON, and returns what is answered. It refuses, or adds
-# events to the log. It knows neither transport.
+# needs, by the names that they have in JSON, and returns what is answered. It refuses before it
+# writes, so that its refusal undoes nothing for others. It knows neither transport.
 
 RANKS = {"banned": -1, "visitor": 0, "member": 1, "moderator": 2, "owner": 3}
-# In the order of ADD_EVENT; what an event does not have is None.
 COLUMNS = ("room_id", "seq", "kind", "username", "created_at", "target", "member", "role", "name")
 BLANK_EVENT = dict.fromkeys((*COLUMNS, "message", "folded", "client_id", "edited_at"))
+ROOM_SHOWN = ("room_id", "name", "kind", "role", "seq", "read_seq", "unread")
+SHOWN = {  # what an event of a kind has besides room_id, seq, username and times
+    "message": ("message",),
+    "edit": ("target", "message"),
+    "delete": ("target",),
+    "member": ("member", "role"),
+    "room": ("name",),
+}
 
 
 @lru_cache(256)
@@ -678,17 +650,11 @@ def iso_time(milliseconds: int) -> str:
 
 def describe(row: Row) -> dict[str, Any]:
     """Returns an event as clients see it, from the log or from what is being added to it."""
-    kind, text = row["kind"], row["message"]
-    event = {"type": kind, "room_id": row["room_id"], "seq": row["seq"]}
-    event["username"] = row["username"]
-    if kind in ("edit", "delete"):
-        event["target"] = row["target"]
-    if kind in ("message", "edit"):
-        event["deleted" if text is None else "message"] = True if text is None else text
-    elif kind == "member":
-        event["member"], event["role"] = row["member"], row["role"]
-    elif kind == "room":
-        event["name"] = row["name"]
+    names = ("room_id", "seq", "username", *SHOWN[row["kind"]])
+    event = {"type": row["kind"], **{name: row[name] for name in names}}
+    if event.get("message", "") is None:
+        del event["message"]
+        event["deleted"] = True
     event["created_at"] = iso_time(row["created_at"])
     if row["edited_at"]:
         event["edited_at"] = iso_time(row["edited_at"])
@@ -703,54 +669,77 @@ def show_user(row: Row) -> dict[str, Any]:
     return {"username": row["username"], "created_at": created_at, "online": False}
 
 
-def admit(room: Row, role: str | None, least: str = "visitor") -> int:
-    """Returns the rank of a role; strangers are visitors of a public room. Refuses a lower one."""
-    rank = RANKS[role or ("visitor" if room["kind"] == "public" else "banned")]
-    if rank < RANKS[least]:
-        raise ChatError(403, f"this room asks for a {least} or above, which you are not")
-    return rank
+def is_whole(page: Sequence[Row], cursor: int) -> bool:
+    """Tells whether a page of the log follows the cursor without a hole."""
+    return bool(page) and page[-1]["seq"] == cursor + len(page)
 
 
-class Post(NamedTuple):
-    """A message on its way into the log."""
+class Command(NamedTuple):
+    """An operation, its fields, who hears what came of it, and rooms that it needs besides."""
 
-    me: str
-    room_id: str
-    message: str
-    client_id: str | None = None
+    name: str
+    fields: dict[str, Any]
+    reply: Callable[[Any], object] = id
+    others: Sequence[str] = ()
+
+    def rooms(self) -> list[str]:
+        """Returns the rooms that have to be at hand."""
+        return [*self.others, *filter(None, [self.fields.get("room_id")])]
 
 
 class Transaction:
-    """What one transaction sees and adds: locked rooms, events, and notes for whom they concern."""
+    """What one transaction sees and adds: rooms, roles, events, and notes for whom they concern."""
 
     def __init__(self, config: Config, row_lock: str = "") -> None:
         self.config, self.row_lock, self.now = config, row_lock, int(time.time() * 1000)
         self.rooms: dict[str, dict[str, Any]] = {}
+        self.roles: dict[tuple[str, str], str | None] = {}
+        self.sent: dict[tuple[str, str, str | None], Row] = {}  # messages by their client_id
         self.events: list[dict[str, Any]] = []
         self.notes: list[tuple[str, str, Any]] = []
 
+    def run(self, commands: Sequence[Command]) -> Operation[list[Any]]:
+        """Does commands in order, each with its rooms and roles at hand; returns their outcomes."""
+        names = sorted({room_id for one in commands for room_id in one.rooms()})
+        locked = yield LOCK_ROOM + self.row_lock, [(name,) for name in names]
+        self.rooms = {row["room_id"]: dict(row) for row in locked if row["kind"] != "deleted"}
+        pairs = {(room_id, one.fields.get("me")) for one in commands for room_id in one.rooms()}
+        found = yield GET_ROLE, [*pairs]
+        self.roles = {(row["room_id"], row["username"]): row["role"] for row in found}
+        named = [one.fields for one in commands if one.fields.get("client_id")]
+        found = yield FIND_MESSAGE, [(one["room_id"], one["me"], one["client_id"]) for one in named]
+        self.sent = {(row["room_id"], row["username"], row["client_id"]): row for row in found}
+        outcomes: list[Any] = []
+        for command in commands:
+            try:
+                outcomes.append((yield from getattr(self, command.name)(**command.fields)))
+            except ChatError as error:
+                outcomes.append(error)
+        yield ADD_EVENT, [tuple(event.values())[:12] for event in self.events]
+        yield SET_SEQ, [*{event["room_id"]: event["seq"] for event in self.events}.items()]
+        return outcomes
+
+    def admit(self, me: str, room_id: str, least: str = "visitor") -> int:
+        """Returns the caller's rank in a room; strangers are visitors of a public one."""
+        if room_id not in self.rooms:
+            raise ChatError(404, "there is no such room")
+        stranger = "visitor" if self.rooms[room_id]["kind"] == "public" else "banned"
+        rank = RANKS[self.roles.get((room_id, me)) or stranger]
+        if rank < RANKS[least]:
+            raise ChatError(403, f"this room asks for a {least} or above, which you are not")
+        return rank
+
     def add(self, room_id: str, kind: str, me: str, **fields: Any) -> dict[str, Any]:
         """Adds an event under the room's next number."""
-        room, event = self.rooms[room_id], BLANK_EVENT | fields
-        room["seq"] += 1
-        event |= {"room_id": room_id, "seq": room["seq"], "kind": kind, "username": me}
-        event["created_at"] = self.now
+        self.rooms[room_id]["seq"] += 1
+        event = BLANK_EVENT | fields | {"room_id": room_id, "seq": self.rooms[room_id]["seq"]}
+        event |= {"kind": kind, "username": me, "created_at": self.now}
         self.events.append(event)
         return event
 
-    def room(self, room_id: str) -> dict[str, Any]:
-        """Returns a locked room."""
-        if room_id not in self.rooms:
-            raise ChatError(404, "there is no such room")
-        return self.rooms[room_id]
-
-    def enter(self, me: str, room_id: str, least: str = "visitor") -> Operation[int]:
-        """Returns the caller's rank in a locked room."""
-        found = yield from first(GET_ROLE, room_id, me)
-        return admit(self.room(room_id), found and found["role"], least)
-
     def set_role(self, me: str, room_id: str, member: str, role: str | None) -> Operation[None]:
         """Makes a membership what it shall be."""
+        self.roles[room_id, member] = role
         seq = self.add(room_id, "member", me, member=member, role=role)["seq"]
         if role:
             yield SET_ROLE, [(room_id, member, role, seq)]
@@ -760,38 +749,17 @@ class Transaction:
     def post_message(
         self, me: str, room_id: str, message: str, client_id: str | None = None
     ) -> Operation[Any]:
-        """Posts one message; 201 and the event or, if it is a retry, 200 and the first event."""
-        outcome = (yield from self.post_messages([Post(me, room_id, message, client_id)]))[0]
-        if isinstance(outcome, ChatError):
-            raise outcome
-        return outcome
-
-    def post_messages(self, posts: Sequence[Post]) -> Operation[list[Any]]:
-        """Posts all that may be posted, in three statements; returns what came of each."""
-        found = yield GET_ROLE, list({(post.room_id, post.me) for post in posts})
-        roles = {(row["room_id"], row["username"]): row["role"] for row in found}
-        named = [(post.room_id, post.me, post.client_id) for post in posts if post.client_id]
-        found = yield FIND_MESSAGE, named
-        sent = {(row["room_id"], row["username"], row["client_id"]): row for row in found}
-        outcomes: list[Any] = []
-        for me, room_id, text, client_id in posts:
-            old = sent.get((room_id, me, client_id))
-            try:
-                rank = admit(self.room(room_id), roles.get((room_id, me)))
-                if old and not old["edited_at"] and old["message"] not in (None, text):
-                    raise ChatError(409, "this client_id was sent before with another text")
-            except ChatError as error:
-                outcomes.append(error)
-                continue
-            if not old and rank == RANKS["visitor"]:
-                yield from self.set_role(me, room_id, me, "member")
-                roles[room_id, me] = "member"
-            fields = {"message": text, "folded": text.casefold(), "client_id": client_id}
-            event = old or self.add(room_id, "message", me, **fields)
-            if client_id:
-                sent[room_id, me, client_id] = event
-            outcomes.append((200 if old else 201, describe(event)))
-        return outcomes
+        """Posts a message; 201 and the event or, if it is a retry, 200 and the first event."""
+        rank, old = self.admit(me, room_id), self.sent.get((room_id, me, client_id))
+        if old and not old["edited_at"] and old["message"] not in (None, message):
+            raise ChatError(409, "this client_id was sent before with another text")
+        if not old and rank == RANKS["visitor"]:
+            yield from self.set_role(me, room_id, me, "member")
+        fields = {"message": message, "folded": message.casefold(), "client_id": client_id}
+        event = old or self.add(room_id, "message", me, **fields)
+        if client_id:
+            self.sent[room_id, me, client_id] = event
+        return 200 if old else 201, describe(event)
 
     def edit_message(self, me: str, room_id: str, seq: int, message: str) -> Operation[Any]:
         """Replaces the text of one's own message."""
@@ -803,8 +771,7 @@ class Transaction:
 
     def change_message(self, me: str, room_id: str, seq: int, text: str | None) -> Operation[Any]:
         """Keeps a text in one place only, the message's own row, so that erased is erased."""
-        rank = yield from self.enter(me, room_id)
-        old = yield from first(GET_MESSAGE, room_id, seq)
+        rank, old = self.admit(me, room_id), (yield from first(GET_MESSAGE, room_id, seq))
         if not old or old["message"] is None or seq <= self.rooms[room_id]["floor"]:
             raise ChatError(404, "there is no such message, or it was deleted")
         if old["username"] != me and (text is not None or rank < RANKS["moderator"]):
@@ -825,37 +792,33 @@ class Transaction:
         """Leaves, removes or lifts a ban."""
         yield from self.change_member(me, room_id, username, None)
 
-    def change_member(
-        self, me: str, room_id: str, member: str, role: str | None
-    ) -> Operation[None]:
+    def change_member(self, me: str, room_id: str, user: str, role: str | None) -> Operation[None]:
         """Sets a role as far as the caller's own goes; a room that had an owner keeps one."""
-        mine = yield from self.enter(me, room_id)
-        found = yield from first(GET_ROLE, room_id, member)
+        mine, found = self.admit(me, room_id), (yield from first(GET_ROLE, room_id, user))
         theirs, rank = found and found["role"], RANKS[role or "visitor"]
         if self.rooms[room_id]["kind"] == "direct":
             raise ChatError(403, "a direct room always has the same two members")
-        if not (theirs or role) or not (yield from first(GET_USER, member)):
+        if not (theirs or role) or not (yield from first(GET_USER, user)):
             raise ChatError(404, "there is no such user here")
         if theirs == "owner" != role and mine == RANKS["owner"]:
-            heir = yield from first(GET_HEIR, room_id, member)
+            heir = yield from first(GET_HEIR, room_id, user)
             if not heir or heir["role"] != "owner":
                 raise ChatError(409, "the last owner has to make somebody else owner first")
         own = 0 <= rank <= max(mine, RANKS["member"])
         above = mine == RANKS["owner"] or mine > max(rank, RANKS[theirs or "visitor"], 1)
-        if not (own if me == member else above):
+        if not (own if me == user else above):
             raise ChatError(403, "that takes a higher role in this room")
         if role != theirs:
-            yield from self.set_role(me, room_id, member, role)
+            yield from self.set_role(me, room_id, user, role)
 
     def join(self, me: str, version: int, room_id: str) -> Operation[Any]:
         """Lets a socket in, a visitor as a member; returns what `hello` tells."""
         user = yield from first(GET_USER, me)
         if not user or user["version"] != version:
             raise ChatError(401, "this log-in has ended")
-        if (yield from self.enter(me, room_id)) == RANKS["visitor"]:
+        if self.admit(me, room_id) == RANKS["visitor"]:
             yield from self.set_role(me, room_id, me, "member")
-        role = (yield from first(GET_ROLE, room_id, me))["role"]
-        return role, self.rooms[room_id]["floor"], self.rooms[room_id]["seq"]
+        return self.roles[room_id, me], self.rooms[room_id]["floor"], self.rooms[room_id]["seq"]
 
     def create_room(
         self,
@@ -866,61 +829,54 @@ class Transaction:
         username: str | None = None,
     ) -> Operation[Any]:
         """Makes a room and its owner, or, unless they have it, the one direct room of two users."""
+        owners, most = {me: "owner"}, self.config.rooms_per_user or UNLIMITED
         if kind == "direct":
-            return (yield from self.create_direct(me, username))
-        if not room_id or room_id.startswith("direct-"):
+            if not username or username == me:
+                raise ChatError(400, "username: should be another user's")
+            if not (yield from first(GET_USER, username)):
+                raise ChatError(404, "there is no such user")
+            name, owners = ", ".join(sorted((me, username))), {me: "member", username: "member"}
+            room_id = f"direct-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+        elif not room_id or room_id.startswith("direct-"):
             raise ChatError(400, "room_id: is required, and may not begin with direct-")
-        most = self.config.rooms_per_user
-        if most and (yield from first(COUNT_ROOMS, me))["rooms"] >= most:
+        elif (yield from first(COUNT_ROOMS, me))["rooms"] >= most:
             raise ChatError(403, f"you have created {most} rooms, which is as many as one may")
-        if not (yield from first(ADD_ROOM, room_id, name or room_id, kind, me, self.now)):
+        new = yield from first(ADD_ROOM, room_id, name or room_id, kind, me, self.now)
+        if not new and kind != "direct":
             raise ChatError(409, "this room_id is, or was, another room's")
-        self.rooms[room_id] = {"seq": 0, "floor": 0, "kind": kind}
-        yield from self.set_role(me, room_id, me, "owner")
-        return 201, (yield from self.see_room(me, room_id))
-
-    def create_direct(self, me: str, username: str | None) -> Operation[Any]:
-        """Returns 201 and a new direct room, or 200 and the one that there is."""
-        if not username or username == me:
-            raise ChatError(400, "username: should be another user's")
-        if not (yield from first(GET_USER, username)):
-            raise ChatError(404, "there is no such user")
-        pair = sorted((me, username))
-        room_id = f"direct-{hashlib.sha256(' '.join(pair).encode()).hexdigest()[:32]}"
-        new = yield from first(ADD_ROOM, room_id, ", ".join(pair), "direct", me, self.now)
-        if new:
-            self.rooms[room_id] = {"seq": 0, "floor": 0, "kind": "direct"}
-            for member in pair:
-                yield from self.set_role(me, room_id, member, "member")
-        return 201 if new else 200, (yield from self.see_room(me, room_id))
+        if room_id not in self.rooms:
+            self.rooms[room_id] = dict(new or (yield from first(LOCK_ROOM, room_id)))
+        for member, role in sorted(owners.items()) if new else ():
+            yield from self.set_role(me, room_id, member, role)
+        self.roles.setdefault((room_id, me), "member")
+        return 201 if new else 200, (yield from self.show_room(me, room_id))
 
     def rename_room(self, me: str, room_id: str, name: str) -> Operation[Any]:
         """Renames a room."""
-        yield from self.enter(me, room_id, "owner")
+        self.admit(me, room_id, "owner")
         yield SET_ROOM, [(room_id, name, self.rooms[room_id]["kind"])]
         self.add(room_id, "room", me, name=name)
-        return (yield from self.see_room(me, room_id))
+        return (yield from self.show_room(me, room_id))
 
     def delete_room(self, me: str, room_id: str) -> Operation[None]:
         """Deletes a room; its events go by and by, its id stays taken."""
-        yield from self.enter(me, room_id, "owner")
+        self.admit(me, room_id, "owner")
         yield SET_ROOM, [(room_id, "", "deleted")]
         self.notes.append(("gone", room_id, None))
 
     def mark_read(self, me: str, room_id: str, seq: int) -> Operation[None]:
         """Moves the caller's read marker forward, to the head at most."""
-        yield from self.enter(me, room_id, "member")
+        self.admit(me, room_id, "member")
         seq = min(seq, self.rooms[room_id]["seq"])
         yield SET_READ, [(room_id, me, seq)]
         read = {"type": "read", "room_id": room_id, "username": me, "seq": seq}
         self.notes.append(("tell", room_id, read))
 
     def register(self, username: str, email: str, password: str) -> Operation[Any]:
-        """Adds an account; the first becomes owner of the Lobby, whose lock makes it the first."""
-        accounts = (yield from first(COUNT_USERS))["users"]
+        """Adds an account; the first, while the Lobby is untouched, becomes its owner."""
         if not (yield from first(ADD_USER, username, email, password, self.now)):
             raise ChatError(409, "this name or e-mail address is taken")
-        if not accounts and "1" in self.rooms:
+        if "1" in self.rooms and not self.rooms["1"]["seq"]:
             yield from self.set_role(username, "1", username, "owner")
         return (yield from self.get_user(username))
 
@@ -966,48 +922,36 @@ class Transaction:
             raise ChatError(404, "there is no such user")
         return show_user(row) | ({} if username else {"email": row["email"]})
 
-    def look_into(self, me: str, room_id: str) -> Operation[Any]:
-        """Returns the row of a room that the caller may read."""
-        if not (row := (yield from first(GET_ROOM, me, room_id))):
-            raise ChatError(404, "there is no such room")
-        admit(row, row["role"])
-        return row
-
-    def show_room(self, row: Row) -> dict[str, Any]:
-        """Returns a room as the caller sees it."""
-        seq = self.rooms.get(row["room_id"], row)["seq"]  # what this transaction adds counts
-        shown = ("room_id", "name", "kind", "role", "seq", "read_seq", "unread")
-        return {name: row[name] for name in shown} | {"seq": seq}
-
     def list_rooms(self, me: str) -> Operation[Any]:
         """Lists public rooms and the caller's own."""
-        return [self.show_room(row) for row in (yield LIST_ROOMS, [(me,)])]
+        return [{name: row[name] for name in ROOM_SHOWN} for row in (yield LIST_ROOMS, [(me,)])]
 
-    def see_room(self, me: str, room_id: str) -> Operation[Any]:
-        """Returns a room without its members."""
-        return self.show_room((yield from self.look_into(me, room_id)))
+    def show_room(self, me: str, room_id: str) -> Operation[Any]:
+        """Returns a room as the caller sees it; what this transaction adds counts."""
+        self.admit(me, room_id)
+        row = yield from first(GET_ROOM, me, room_id)
+        return {name: row[name] for name in ROOM_SHOWN} | {"seq": self.rooms[room_id]["seq"]}
 
     def get_room(self, me: str, room_id: str) -> Operation[Any]:
         """Returns a room with its members, the banned only to moderators."""
-        room = yield from self.look_into(me, room_id)
-        hidden = () if RANKS[room["role"] or "visitor"] >= RANKS["moderator"] else ("banned",)
+        hidden = () if self.admit(me, room_id) >= RANKS["moderator"] else ("banned",)
         found = yield LIST_MEMBERS, [(room_id,)]
         shown = [dict(row) | {"online": False} for row in found if row["role"] not in hidden]
-        return self.show_room(room) | {"members": shown}
+        return (yield from self.show_room(me, room_id)) | {"members": shown}
 
     def list_messages(
         self,
         me: str,
         room_id: str,
-        before: int | None = None,
+        before: int = UNLIMITED,
         after: int | None = None,
         limit: int = 50,
     ) -> Operation[Any]:
         """Returns a page of history, oldest first."""
-        room = yield from self.look_into(me, room_id)
-        sql = OLDEST if after is not None and before is None else NEWEST
-        start, end = max(after or 0, room["floor"]), room["seq"] + 1
-        end = end if before is None else min(before, end)
+        self.admit(me, room_id)
+        start = max(after or 0, self.rooms[room_id]["floor"])
+        end = min(before, self.rooms[room_id]["seq"] + 1)
+        sql = NEWEST if after is None or before < UNLIMITED else OLDEST
         page = yield sql, [(room_id, start, end, limit)]
         return sorted(map(describe, page), key=lambda event: event["seq"])
 
@@ -1021,15 +965,16 @@ class Transaction:
         wait: int = 0,  # seconds; the route does the waiting
     ) -> Operation[Any]:
         """Returns the log after a cursor, as a WebSocket would."""
-        room = yield from self.look_into(me, room_id)
-        now = (yield from first(GET_EPOCH))["value"]
+        self.admit(me, room_id)
+        floor, seq = self.rooms[room_id]["floor"], self.rooms[room_id]["seq"]
+        head = {"seq": seq, "epoch": (yield from first(GET_EPOCH))["value"]}
         # Not beyond the head that was read together with the caller's role: that may be past.
-        page = yield LIST_EVENTS, [(room_id, after, room["seq"], limit)]
-        whole = (page[-1]["seq"] if page else room["seq"]) == after + len(page)
-        if not (whole and room["floor"] <= after <= room["seq"] and epoch in ("", now)):
-            more = {"floor": room["floor"], "seq": room["seq"], "epoch": now}
-            raise ChatError(410, "there is nothing to resume from; start afresh from seq", **more)
-        return {"events": [*map(describe, page)], "seq": room["seq"], "epoch": now}
+        page = yield LIST_EVENTS, [(room_id, after, seq, limit)]
+        known = floor <= after <= seq and epoch in ("", head["epoch"])
+        if not known or not (after == seq or is_whole(page, after)):
+            detail = "there is nothing to resume from; start afresh from seq"
+            raise ChatError(410, detail, floor=floor, **head)
+        return {"events": [*map(describe, page)], **head}
 
     def search(
         self,
@@ -1042,7 +987,7 @@ class Transaction:
         """Finds messages that hold a text, newest first."""
         pattern = "%" + re.sub("([!%_])", r"!\1", q.casefold()) + "%"
         if room_id:
-            yield from self.look_into(me, room_id)
+            self.admit(me, room_id)
             values = (me, pattern, limit, room_id, UNLIMITED if before is None else before)
             return [*map(describe, (yield SEARCH_ROOM, [values]))]
         if before is not None:
@@ -1055,9 +1000,8 @@ class Transaction:
 # knows a room by its cursor, the last seq that this process has published; what it missed it
 # reads in the log.
 
-QUIET_ABOVE = (
-    100  # users online in a room; with more, presence, typing and read markers are not told
-)
+NAMES = 200  # names of who is online in one note, which has less than 8000 bytes
+QUIET_ABOVE = 100  # users online: with more, presence, typing and read markers are not told
 WAITING = 2**20  # bytes that may wait for a slow reader
 PAGE = 200  # events in one step of a replay
 PING, SILENCE = 25, 40  # seconds
@@ -1093,8 +1037,7 @@ class Socket:
         transport.get_extra_info("socket").setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 65536)
         self.transport, self.room, self.closed, self.typed = transport, room, False, 0.0
         self.heard = self.pinged = time.monotonic()
-        self.entered: int | None = None  # the head when it entered; what removed it has a later seq
-        self.removed = 0
+        self.entered, self.removed = UNLIMITED, 0  # the seqs that let it in and that put it out
         self.loop = asyncio.get_running_loop()
         self.expiry = self.loop.call_soon(int)  # takes the place of a timer until there is one
         self.renew(login)
@@ -1124,12 +1067,13 @@ class Socket:
 
 
 class Room:
-    """A room in which somebody is connected; cursor None: where it stands is not known yet."""
+    """A room in which somebody is connected; cursor -1: where it stands is not known yet."""
 
     def __init__(self, room_id: str) -> None:
-        self.room_id, self.head = room_id, 0
-        self.cursor: int | None = None
-        self.sockets, self.live, self.announced = set[Socket](), set[Socket](), set[str]()
+        self.room_id, self.cursor, self.head = room_id, -1, 0
+        self.sockets, self.live = set[Socket](), set[Socket]()
+        self.announced = set[str]()  # who was told to be online
+        self.reader: asyncio.Task[None] | None = None  # reads what this process has missed
 
 
 def shut(some: Iterable[Socket], code: int, reason: str) -> None:
@@ -1148,16 +1092,8 @@ class Hub:
         self.rooms: dict[str, Room] = {}
         self.users: defaultdict[str, set[Socket]] = defaultdict(set)
         self.waiting: dict[str, asyncio.Event] = {}  # for the next event of a room, by long polls
-        self.stale, self.woken = set[str](), asyncio.Event()  # rooms that have missed something
         self.notes: list[Any] = []  # on their way to other processes
-        self.peers: dict[str, dict[str, set[str]]] = {}  # process, room: who is online there
-        self.coming: dict[str, dict[str, set[str]]] = {}  # the same, while it is being told
-        self.heard: dict[str, float] = {}
-
-    def enter(self, socket: Socket) -> None:
-        """Registers a socket before it is live, so that nothing that would end it is missed."""
-        socket.room.sockets.add(socket)
-        self.users[socket.login.username].add(socket)
+        self.peers: dict[tuple[str, str], tuple[set[str], float]] = {}  # who is online elsewhere
 
     def leave(self, socket: Socket) -> None:
         """Forgets a socket, and what only it needed."""
@@ -1169,6 +1105,7 @@ class Hub:
             del self.users[username]
         if not room.sockets:
             self.rooms.pop(room.room_id, None)
+            self.notes.append(("online", room.room_id, []))
 
     def publish(self, events: Iterable[dict[str, Any]]) -> None:
         """Delivers what follows a room's cursor; if something is missing between, has it read."""
@@ -1183,14 +1120,30 @@ class Hub:
             self.notes.append(("head", room_id, head))
 
     def notice(self, room_id: str, head: int) -> None:
-        """Takes note of how far a room's log goes."""
+        """Takes note of how far a room's log goes; what this process has missed it reads."""
         if room_id in self.waiting:
             self.waiting.pop(room_id).set()
         if room := self.rooms.get(room_id):
             room.head = max(room.head, head)
-            if room.cursor is not None and room.cursor < room.head:
-                self.stale.add(room_id)
-                self.woken.set()
+            reading = room.reader and not room.reader.done()
+            if -1 < room.cursor < room.head and not reading:
+                room.reader = asyncio.create_task(self.catch_up(room))
+
+    async def catch_up(self, room: Room) -> None:
+        """Delivers a room's log up to its head; meanwhile others may do so as well."""
+        while room.sockets and room.cursor < room.head:
+            try:
+                values = (room.room_id, room.cursor, UNLIMITED, 1000)
+                page = await self.db.run(READ, each(LIST_EVENTS, [values]))
+            except ChatError:
+                await asyncio.sleep(0.5)
+                continue
+            page = [event for event in page if event["seq"] > room.cursor]
+            if is_whole(page, room.cursor):
+                self.deliver(room, page)
+            elif page:
+                room.cursor = page[-1]["seq"]
+                shut(room.sockets, 1001, "what you missed has expired, resume")
 
     def deliver(self, room: Room, events: Sequence[Row]) -> None:
         """Writes events to all live sockets; who is removed by one gets none after it."""
@@ -1205,11 +1158,10 @@ class Hub:
 
     def remove(self, room: Room, member: str, seq: int) -> None:
         """Closes the sockets of who was removed, unless they have come back since."""
-        for socket in list(room.sockets):
-            if socket.login.username == member:
-                socket.removed = seq
-                if socket.entered is not None and socket.entered < seq:
-                    socket.close(4403, "you are no longer in this room")
+        for socket in [one for one in room.sockets if one.login.username == member]:
+            socket.removed = seq
+            if socket.entered < seq:
+                socket.close(4403, "you are no longer in this room")
 
     def fan_out(self, room: Room, events: Sequence[Row]) -> None:
         """Encodes once, writes once a socket, and cuts off who lags too far behind."""
@@ -1223,46 +1175,20 @@ class Hub:
         self.counts["slow_readers"] += len(slow)
         shut(slow, 4408, "too slow: resume from the last number that you saw")
 
-    async def follow(self) -> None:
-        """Reads in the log what stale rooms have missed, and delivers it."""
-        while await self.woken.wait():
-            self.woken.clear()
-            while self.stale:
-                room = self.rooms.get(self.stale.pop())
-                if room and room.cursor is not None and room.cursor < room.head:
-                    try:
-                        await self.catch_up(room, room.cursor)
-                    except ChatError:
-                        await asyncio.sleep(0.5)
-                        self.notice(room.room_id, 0)
-
-    async def catch_up(self, room: Room, cursor: int) -> None:
-        """Brings a room a step nearer to its head; meanwhile others may do so as well."""
-        page = await self.db.read(each, LIST_EVENTS, [(room.room_id, cursor, UNLIMITED, 1000)])
-        page = [event for event in page if event["seq"] > (room.cursor or 0)]
-        if page and page[0]["seq"] - 1 == room.cursor:
-            self.deliver(room, page)
-        elif page:
-            room.cursor = page[-1]["seq"]
-            shut(room.sockets, 1001, "what you missed has expired, resume")
-        if page:
-            self.notice(room.room_id, 0)
-
     async def replay(self, socket: Socket, cursor: int) -> None:
         """Sends what follows a cursor, at the reader's pace, then in the same step goes live."""
         room = socket.room
         while not socket.closed and cursor != room.cursor:
-            page: list[Any] | None = None
-            published = room.cursor or 0  # as it is now: it moves on while we read
+            page: list[Any] = []
+            published = room.cursor  # as it is now: it moves on while we read
             with contextlib.suppress(ChatError):
                 values = (room.room_id, cursor, published, PAGE)
-                page = await self.db.read(each, LIST_EVENTS, [values])
-            if page is None or cursor > published:
+                page = await self.db.run(READ, each(LIST_EVENTS, [values]))
+                if cursor < published and not is_whole(page, cursor):
+                    socket.close(1001, "what you missed has expired, resume")
+            if not page:
                 await asyncio.sleep(0.02)  # the database is away, or we have not published so far
                 continue
-            if not page or page[-1]["seq"] != cursor + len(page):
-                socket.close(1001, "what you missed has expired, resume")
-                return
             socket.send(*map(describe, page))
             cursor = page[-1]["seq"]
             while not socket.closed and socket.transport.get_write_buffer_size() > WAITING // 4:
@@ -1276,55 +1202,40 @@ class Hub:
             for socket in self.rooms[room_id].live:
                 socket.send(*(one for one in items if one["username"] != socket.login.username))
 
-    def online(self, room_id: str) -> set[str]:
-        """Returns who is connected to a room, anywhere."""
-        here = self.rooms[room_id].sockets if room_id in self.rooms else ()
-        elsewhere = (peer.get(room_id, ()) for peer in self.peers.values())
-        return {socket.login.username for socket in here}.union(*elsewhere)
+    def here(self, room_id: str) -> set[str]:
+        """Returns who is connected to a room in this process."""
+        room = self.rooms.get(room_id)
+        return {socket.login.username for socket in room.sockets} if room else set()
 
-    def online_anywhere(self) -> set[str]:
-        """Returns who is connected to any room."""
-        elsewhere = (names for peer in self.peers.values() for names in peer.values())
-        return set(self.users).union(*elsewhere)
+    def online(self, room_id: str | None = None) -> set[str]:
+        """Returns who is connected, in any process, to a room or to any room."""
+        peers = (names for (_, name), (names, _) in self.peers.items() if room_id in (name, None))
+        return (set(self.users) if room_id is None else self.here(room_id)).union(*peers)
 
-    def announce(self) -> None:
-        """Tells who came and went since the last time, here and to other processes."""
+    def announce(self, *, again: bool) -> None:
+        """Tells who came and went since the last time, here and, all of it again, elsewhere."""
         for room_id, room in self.rooms.items():
             online, common = self.online(room_id), {"type": "presence", "room_id": room_id}
+            if again or online != room.announced:
+                self.notes.append(("online", room_id, sorted(self.here(room_id))[:NAMES]))
             if len(online) <= QUIET_ABOVE and online != room.announced:
                 changed, room.announced = sorted(online ^ room.announced), online
                 news = ({"username": name, "online": name in online} for name in changed)
                 self.whisper(room_id, *(common | one for one in news))
-            if self.db.shared:
-                names = sorted({socket.login.username for socket in room.sockets})
-                starts = range(0, len(names), 10)
-                self.notes += [("online", room_id, names[at : at + 10]) for at in starts]
-        self.notes.append(("online", "", []))
 
-    def hear(self, process: str, notes: Sequence[Any]) -> None:
-        """Takes in what another process tells; after a silence ("") suspects every room."""
-        self.heard[process] = time.monotonic()
-        coming = self.coming.setdefault(process, {})
-        for kind, name, more in notes:
-            if kind == "head":
-                self.notice(name, more)
-            elif kind == "online" and name:
-                coming.setdefault(name, set()).update(more)
-            elif kind == "online":
-                self.peers[process] = coming
-                coming = self.coming[process] = {}
-            else:
-                self.obey(kind, name, more)
-
-    def obey(self, kind: str, name: str, more: Any = None) -> None:
-        """Does what a commit, here or elsewhere, has made necessary."""
-        if kind == "end":
-            old = [one for one in self.users.get(name, ()) if one.login.version < more]
-            shut(old, 4401, "this log-in has ended")
-        elif kind == "gone" and name in self.rooms:
-            shut(self.rooms[name].sockets, 4404, "this room was deleted")
+    def hear(self, kind: str, name: str, more: Any = None, process: str = "") -> None:
+        """Does what a commit has made necessary, or another process tells."""
+        if kind == "head":
+            self.notice(name, more)
+        elif kind == "online":
+            self.peers[process, name] = set(more), time.monotonic()
         elif kind == "tell":
             self.whisper(name, more)
+        elif kind == "gone" and name in self.rooms:
+            shut(self.rooms[name].sockets, 4404, "this room was deleted")
+        elif kind == "end":
+            old = [one for one in self.users.get(name, ()) if one.login.version < more]
+            shut(old, 4401, "this log-in has ended")
 
     def sweep(self) -> None:
         """Pings, cuts off who answers nothing, and forgets processes that fell silent."""
@@ -1335,9 +1246,9 @@ class Hub:
             elif now - socket.pinged > PING and not socket.closed:
                 socket.pinged = now
                 socket.transport.write(to_frame(b"", WSMsgType.PING))
-        for process in [name for name, heard in self.heard.items() if now - heard > 10]:
-            for known in (self.heard, self.peers, self.coming):
-                known.pop(process, None)
+        self.peers = {
+            key: told for key, told in self.peers.items() if told[0] and now - told[1] < 10
+        }
 
 
 # --------------------------------------------------------------------------------------------- chat
@@ -1346,36 +1257,6 @@ class Hub:
 
 BATCH, QUEUE = 250, 10_000  # commands in one transaction, and waiting for one
 HASHES = 32  # passwords being hashed or waiting for it
-Reply = Callable[[Any], None]
-
-
-class Command(NamedTuple):
-    """A change that waits for the writer: an operation, its fields, its rooms, who hears of it."""
-
-    name: str
-    fields: dict[str, Any]
-    rooms: Sequence[str]
-    reply: Reply
-
-
-def transact(work: Transaction, commands: Sequence[Command]) -> Operation[list[Any]]:
-    """Runs commands in order, neighbouring posts as one; returns their outcomes."""
-    names = sorted({room_id for command in commands for room_id in command.rooms})
-    locked = yield LOCK_ROOM + work.row_lock, [(name,) for name in names]
-    work.rooms = {row["room_id"]: dict(row) for row in locked}
-    outcomes: list[Any] = []
-    for posts, group in itertools.groupby(commands, key=lambda one: one.name == "post_message"):
-        if posts:
-            outcomes += yield from work.post_messages([Post(**one.fields) for one in group])
-            continue
-        for command in group:
-            try:
-                outcomes.append((yield from getattr(work, command.name)(**command.fields)))
-            except ChatError as error:
-                outcomes.append(error)
-    yield ADD_EVENT, [tuple(event.values())[:12] for event in work.events]
-    yield SET_SEQ, [*{event["room_id"]: event["seq"] for event in work.events}.items()]
-    return outcomes
 
 
 def keep_secret(path: str) -> str:
@@ -1394,12 +1275,11 @@ class Chat(Hub):
         super().__init__(config)
         self.key, self.epoch, self.stopping = config.secret_key, "", False
         self.queue, self.wake = list[Command](), asyncio.Event()
-        self.news, self.telling = asyncio.Event(), asyncio.Lock()
+        self.news = asyncio.Event()  # set when there are notes
         self.hour = asyncio.Event()  # set before an hour is over when there is something to delete
         self.connected: Counter[str] = Counter()  # sockets by address
         self.strangers: set[web.WebSocketResponse] = set()  # sockets that have not logged in
-        self.hashing, self.hashes = ThreadPoolExecutor(2, "hash"), 0
-        self.turns = asyncio.Semaphore(2)
+        self.hashes, self.turns = 0, asyncio.Semaphore(2)
         self.messages = Limiter(config.messages_per_second, config.message_burst)
         self.frames = Limiter(20, 100)  # whatever else a socket sends; who floods us is cut off
         self.logins = Limiter(config.logins_per_minute / 60, config.logins_per_minute)
@@ -1414,108 +1294,106 @@ class Chat(Hub):
             LOGGER.critical(warning)
         if isinstance(self.db, SQLite) and not self.key:
             self.key = keep_secret(self.db.path + ".secret")
-        await self.db.write(first, ADD_EPOCH, secrets.token_hex(8))
-        self.epoch = (await self.db.read(first, GET_EPOCH))["value"]
-        forever = self.write_batches(), self.spread(), self.tick(), self.upkeep(), self.follow()
-        listen = [self.db.listen(self.hear)] if listens else []
-        tasks = [asyncio.create_task(task) for task in (*forever, *listen)]
+        await self.db.run(WRITE, first(ADD_EPOCH, secrets.token_hex(8)))
+        self.epoch = (await self.db.run(READ, first(GET_EPOCH)))["value"]
+        works = [self.write_batches, self.spread, self.tick, self.upkeep]
+        if listens and isinstance(self.db, Postgres):
+            works.append(partial(self.db.listen, self.hear))
+        tasks = [asyncio.create_task(self.keep(work)) for work in works]
         try:
             yield
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=1)  # a database that hangs answers no farewell either
-            self.hashing.shutdown(cancel_futures=True)
+            await self.db.tell(self.notes)  # who was here is so no more
             await self.db.close()
 
-    def submit(self, name: str, fields: dict[str, Any], rooms: Sequence[str], reply: Reply) -> None:
+    async def keep(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Does what has no end, anew should it fail."""
+        while True:
+            try:
+                await work()
+            except Exception:
+                LOGGER.exception("a task failed")
+            await asyncio.sleep(1)
+
+    def submit(self, command: Command) -> None:
         """Queues a change."""
         if len(self.queue) >= QUEUE or self.stopping:
             raise ChatError(503, "more waits than can be stored now, try again soon", retry_after=1)
-        self.queue.append(Command(name, fields, rooms, reply))
+        self.queue.append(command)
         self.wake.set()
 
-    async def change(self, name: str, rooms: Sequence[str] = (), /, **fields: Any) -> Any:
+    async def change(self, name: str, /, *rooms: str, **fields: Any) -> Any:
         """Returns what an operation returns, once that is durable and published."""
         future = asyncio.get_running_loop().create_future()
-        self.submit(
-            name, fields, rooms, lambda one: None if future.done() else future.set_result(one)
-        )
+        reply = partial(asyncio.Future.set_result, future)
+        self.submit(Command(name, fields, lambda one: future.done() or reply(one), rooms))
         if isinstance(outcome := await future, ChatError):
             raise outcome
         return outcome
 
     async def look(self, name: str, /, **fields: Any) -> Any:
         """Returns what an operation finds."""
-        return await self.db.read(partial(getattr(Transaction(self.config), name), **fields))
+        work = Transaction(self.config).run([Command(name, fields)])
+        if isinstance(outcome := (await self.db.run(READ, work))[0], ChatError):
+            raise outcome
+        return outcome
 
     async def write_batches(self) -> None:
         """Commits together what arrived while the last batch was committed: so durable is fast."""
         while await self.wake.wait():
             self.wake.clear()
             while batch := self.queue[:BATCH]:
-                await self.commit(batch)
+                outcomes = await self.commit(batch)
                 del self.queue[: len(batch)]
                 self.news.set()
-            self.news.set()
+                for command, outcome in zip(batch, outcomes, strict=True):
+                    command.reply(outcome)
+
+    async def commit(self, batch: Sequence[Command]) -> Sequence[Any]:
+        """Stores a batch and publishes it; whom it shuts out is shut out before the answer."""
+        for attempt in range(3):
+            work, began = Transaction(self.config, self.db.row_lock), time.monotonic()
+            try:
+                outcomes = await self.db.run(WRITE, work.run(batch))
+                break
+            except DatabaseError as error:
+                if attempt == 2 or not error.undone:
+                    return [error] * len(batch)
+            except Exception:
+                LOGGER.exception("a change failed")
+                return [MISTAKE] * len(batch)
+        for note in work.notes:
+            self.hear(*note)
+        self.publish(work.events)
+        self.notes += work.notes
+        kinds = {note[0] for note in work.notes}
+        if "end" in kinds:
+            await self.db.tell([note for note in work.notes if note[0] == "end"])
+        if "gone" in kinds:
+            self.hour.set()
+        self.counts["commit_seconds"] += time.monotonic() - began
+        self.counts["batches"] += 1
+        self.counts["batch_messages"] += len(work.events)
+        self.counts["messages"] += sum(event["kind"] == "message" for event in work.events)
+        return outcomes
 
     async def spread(self) -> None:
         """Tells other processes, beside the writer, so that neither waits for the other."""
         while await self.news.wait():
             self.news.clear()
-            await self.tell()
-
-    async def tell(self) -> None:
-        """Sends the notes that have gathered to other processes."""
-        async with self.telling:
             notes, self.notes = self.notes, []
             await self.db.tell(notes)
 
-    async def commit(self, batch: Sequence[Command]) -> None:
-        """Stores a batch, publishes it and answers; what fails is tried thrice, if that is safe."""
-        outcomes: list[Any] = []
-        for attempt in range(3):
-            work, failed = Transaction(self.config, self.db.row_lock), batch
-            began = time.monotonic()
-            try:
-                outcomes = await self.db.write(transact, work, batch)
-                self.counts["commit_seconds"] += time.monotonic() - began
-                await self.announce_commit(work)
-                break
-            except ChatError as error:
-                batch = []
-                for command in failed:  # a client_id makes safe what may have happened already
-                    if attempt < 2 and (error.settled or command.fields.get("client_id")):
-                        batch.append(command)
-                    else:
-                        command.reply(error)
-            except Exception:
-                LOGGER.exception("a change failed")
-                outcomes = [MISTAKE] * len(batch)
-                break
-        for command, outcome in zip(batch, outcomes, strict=True):
-            command.reply(outcome)
-
-    async def announce_commit(self, work: Transaction) -> None:
-        """Publishes; whom it shuts out is shut out everywhere before anybody is answered."""
-        for note in work.notes:
-            self.obey(*note)
-        self.publish(work.events)
-        self.counts["batches"] += 1
-        self.counts["batch_messages"] += len(work.events)
-        self.counts["messages"] += sum(event["kind"] == "message" for event in work.events)
-        self.notes += work.notes
-        if any(note[0] == "end" for note in work.notes):
-            await self.tell()
-        if any(note[0] == "gone" for note in work.notes):
-            self.hour.set()
-
     async def tick(self) -> None:
-        """Does what need not be done at once."""
+        """Does what need not be done at once; looks into a shared database, if a note was lost."""
         for count in itertools.count():
             await asyncio.sleep(0.5)
-            self.announce()
-            self.wake.set()
+            self.announce(again=count % 4 == 0)
+            self.notes.append(("", "", None))  # its echo shows that notes arrive
+            self.news.set()
             if count % 4 == 0:
                 self.sweep()
                 for limiter in (self.messages, self.frames, self.logins, self.registrations):
@@ -1526,48 +1404,45 @@ class Chat(Hub):
     async def poll(self) -> None:
         """Looks into a shared database itself, in case a note was lost."""
         if self.db.shared:
-            for row in await self.db.read(each, GET_HEAD, [(name,) for name in self.rooms]):
+            for row in await self.db.run(READ, each(LOCK_ROOM, [(name,) for name in self.rooms])):
                 self.notice(row["room_id"], row["seq"])
-                self.obey("gone" if row["kind"] == "deleted" else "", row["room_id"])
-            for row in await self.db.read(each, GET_USER, [(name,) for name in self.users]):
-                self.obey("end", row["username"], row["version"])
+                self.hear("gone" if row["kind"] == "deleted" else "", row["room_id"])
+            for row in await self.db.run(READ, each(GET_USER, [(name,) for name in self.users])):
+                self.hear("end", row["username"], row["version"])
 
     async def upkeep(self) -> None:
         """Deletes what has expired, at start and hourly, a little at a time."""
         while True:
+            self.hour.clear()
             days = self.config.retention_days
             cutoff = int((time.time() - days * 86400) * 1000) if days else 0
             with contextlib.suppress(ChatError):
-                for row in await self.db.read(each, LIST_EXPIRED, [(cutoff,)]):
-                    fields = {"room_id": row["room_id"], "kind": row["kind"]}
-                    young = row["young"] if row["kind"] != "deleted" else None
-                    goal = row["seq"] if young is None else young - 1
-                    for floor in range(row["floor"], goal, 500):
-                        fields["floor"] = min(floor + 500, goal)
-                        await self.change("expire", [row["room_id"]], **fields)
+                for row in await self.db.run(READ, each(LIST_EXPIRED, [(cutoff,)])):
+                    room_id, kind, floor, goal = map(row.__getitem__, range(4))
+                    for step in (*range(floor + 500, goal, 500), goal):
+                        await self.change("expire", room_id=room_id, kind=kind, floor=step)
+            if isinstance(self.db, SQLite):
                 await self.db.tidy()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.hour.wait(), 3600)
-            self.hour.clear()
 
-    async def hash(self, function: Callable[..., T], *values: Any, address: str | None = None) -> T:
+    async def hash(self, function: Callable[..., T], *values: Any, address: str = "") -> T:
         """Runs a password function on one of two threads; refuses when too many wait already."""
         if self.hashes >= HASHES:
             raise ChatError(503, "too many log-ins at once, try again soon", retry_after=2)
         self.hashes += 1
         try:
             async with self.turns:
-                if address is not None:  # others from there may have failed meanwhile
+                if address:  # others from there may have failed meanwhile
                     self.logins.take(address, 0)
-                loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self.hashing, function, *values)
+                return await asyncio.to_thread(function, *values)
         finally:
             self.hashes -= 1
 
     async def verify(self, account: str, password: bytes, address: str, refusal: ChatError) -> Row:
         """Returns who has this name or e-mail and password; failures count for the address."""
         self.logins.take(address, 0)
-        user = await self.db.read(first, GET_USER, account)
+        user = await self.db.run(READ, first(GET_USER, account))
         stored = user["password"] if user else NOBODY
         if not await self.hash(verify_password, password, stored, address=address):
             self.logins.take(address)
@@ -1588,7 +1463,7 @@ class Chat(Hub):
             name = check({"username": claims["sub"]}, "username")
         except (jwt.InvalidTokenError, ValueError, ChatError) as error:
             raise ChatError(401, f"log in again: {error}") from None
-        user = await self.db.read(first, GET_USER, name)
+        user = await self.db.run(READ, first(GET_USER, name))
         if not user or (user["username"], user["version"]) != (claims["sub"], claims.get("ver")):
             raise ChatError(401, "log in again: this log-in has ended")
         return Login(name, user["version"], claims["exp"])
@@ -1599,11 +1474,20 @@ class Chat(Hub):
 # returns. Only what is more than that has a handler of its own.
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+CDN = "https://cdn.jsdelivr.net/npm/"
+STRICT = "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
+PAGE_POLICY = (
+    f"{STRICT}; script-src {{script}}; style-src {{style}}; connect-src 'self'; img-src data:"
+)
+DOCS_POLICY = (
+    f"{STRICT}; script-src 'self' {{script}} {CDN}; style-src 'self' 'unsafe-inline' {CDN}; "
+    "connect-src 'self'; img-src 'self' data:; font-src data:; worker-src blob:"
+)
+POSTING = ("post_message", "edit_message", "delete_message")
 COUNTED = (
     *("messages", "deliveries", "slow_readers"),
     *("batches", "batch_messages", "commit_seconds"),
 )
-POSTING = ("post_message", "edit_message", "delete_message")
 
 
 def answer(data: Any = None, status: int = 200) -> web.Response:
@@ -1620,15 +1504,30 @@ def fields_of(name: str) -> dict[str, Any]:
     return {one.name: one.default for one in parameters if one.name not in ("self", "me")}
 
 
+def query(request: web.Request) -> dict[str, str]:
+    """Returns a query, whose parts are UTF-8 and stand there once."""
+    text = request.rel_url.raw_query_string
+    try:
+        return unique(parse_qsl(text, keep_blank_values=True, errors="strict"))
+    except ValueError as error:
+        raise ChatError(400, f"the query cannot be read: {error}") from None
+
+
+def locate(request: web.Request) -> dict[str, Any]:
+    """Returns the fields of a path; there is nothing where one is not what it should be."""
+    try:
+        return {name: check(request.match_info, name, spelled=True) for name in request.match_info}
+    except ChatError as error:
+        raise ChatError(404, f"there is no such path: {error}") from None
+
+
 class Http(Chat):
     """The handlers of HTTP."""
 
     def bind(self, name: str, data: Mapping[str, Any], me: str, *, spelled: bool) -> dict[str, Any]:
         """Returns the fields of an operation, checked; the caller's rate of posting counts here."""
-        fields = {
-            key: check(data, key, default, spelled=spelled)
-            for key, default in fields_of(name).items()
-        }
+        wanted = fields_of(name).items()
+        fields = {key: check(data, key, default, spelled=spelled) for key, default in wanted}
         if "limit" in fields:
             fields["limit"] = min(fields["limit"], self.config.history_limit or UNLIMITED)
         if name in POSTING:
@@ -1654,37 +1553,23 @@ class Http(Chat):
                 hops.pop()
         return hops[-1][:64]
 
-    def query(self, request: web.Request) -> dict[str, str]:
-        """Returns a query, whose parts are UTF-8 and stand there once."""
-        text = request.rel_url.raw_query_string
-        try:
-            return unique(parse_qsl(text, keep_blank_values=True, errors="strict"))
-        except ValueError as error:
-            raise ChatError(400, f"the query cannot be read: {error}") from None
-
-    async def read_body(self, request: web.Request) -> str:
-        """Returns a body as text, if it is no longer than it may be and is there within 10 s."""
+    async def body(self, request: web.Request, form: str = "") -> Mapping[str, Any]:
+        """Returns a JSON object, or the form that is expected, within 10 s; an empty body is {}."""
         data, most = bytearray(), self.config.body_bytes or UNLIMITED
+        kind = request.headers.get("Content-Type", "").lower()
         try:
             async with asyncio.timeout(10):
                 async for chunk in request.content.iter_any():
                     data += chunk
                     if len(data) > most:
                         raise ChatError(413, f"the body is larger than {most} bytes")
-            return data.decode()
+            text = data.decode()
+            if form and request.content_type == form:
+                return unique(parse_qsl(text, keep_blank_values=True, max_num_fields=50))
         except TimeoutError:
             raise ChatError(408, "the body took longer than 10 s") from None
         except (ValueError, web.RequestPayloadError) as error:
             raise ChatError(400, f"the body cannot be read: {error}"[:200]) from None
-
-    async def body(self, request: web.Request, form: str = "") -> Mapping[str, Any]:
-        """Returns a JSON object, or a form where one is expected; an empty body is {}."""
-        text, kind = await self.read_body(request), request.headers.get("Content-Type", "").lower()
-        if form and request.content_type == form:
-            try:
-                return unique(parse_qsl(text, keep_blank_values=True, max_num_fields=50))
-            except ValueError as error:
-                raise ChatError(400, f"the form cannot be read: {error}") from None
         if text and not re.fullmatch('application/json *(; *charset="?utf-8"?)?', kind):
             raise ChatError(415, "the body should be application/json in UTF-8")
         return parse_object(text) if text else {}
@@ -1693,42 +1578,29 @@ class Http(Chat):
         """Returns the handler of an operation for those who are logged in."""
 
         async def handler(request: web.Request) -> web.StreamResponse:
-            me, path = (await self.identify(request)).username, dict[str, Any](request.match_info)
-            for key, value in path.items():
-                try:
-                    path[key] = check(path, key, spelled=True)
-                except ChatError:
-                    raise ChatError(404, f"there is no {key} like {value[:64]}") from None
-            data = self.query(request) if method == "GET" else await self.body(request)
+            me, path = (await self.identify(request)).username, locate(request)
+            data = query(request) if method == "GET" else await self.body(request)
             fields = self.bind(name, {**data, **path}, me, spelled=method == "GET")
-            if method != "GET":
-                outcome = await self.change(
-                    name, list(filter(None, [fields.get("room_id")])), **fields
-                )
-            elif fields.get("wait"):
-                outcome = await self.look_for(request, name, fields)
-            else:
+            outcome = await (self.look if method == "GET" else self.change)(name, **fields)
+            if fields.get("wait") and not outcome["events"]:
+                await self.wait_for(fields["room_id"], fields["wait"])
+                await self.identify(request)  # the log-in may have ended meanwhile
                 outcome = await self.look(name, **fields)
             status, outcome = outcome if isinstance(outcome, tuple) else (200, outcome)
             return answer(self.mark_online(outcome), status)
 
         return handler
 
-    async def look_for(self, request: web.Request, name: str, fields: dict[str, Any]) -> Any:
-        """Returns events, if need be once there are some, or none after `wait` seconds."""
-        more = self.waiting.setdefault(fields["room_id"], asyncio.Event())
-        outcome = await self.look(name, **fields)
-        if not outcome["events"]:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(more.wait(), min(fields["wait"], 30))
-            await self.identify(request)  # the log-in may have ended meanwhile
-            outcome = await self.look(name, **fields)
-        return outcome
+    async def wait_for(self, room_id: str, seconds: int) -> None:
+        """Waits for the next event of a room, for some seconds."""
+        more = self.waiting.setdefault(room_id, asyncio.Event())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(more.wait(), min(seconds, 30))
 
     def mark_online(self, outcome: Any) -> Any:
         """Fills in who is online, in this room or in any, which no operation knows."""
         room = outcome if isinstance(outcome, dict) and "members" in outcome else None
-        online = self.online(room["room_id"]) if room else self.online_anywhere()
+        online = self.online(room["room_id"] if room else None)
         users = room["members"] if room else outcome or ()
         for user in [users] if isinstance(users, dict) else users:
             if "online" in user:
@@ -1744,7 +1616,7 @@ class Http(Chat):
             raise ChatError(403, "registration is closed")
         self.registrations.take(self.address(request))
         fields["password"] = await self.hash(hash_password, password)
-        return answer(await self.change("register", ["1"], **fields), 201)
+        return answer(await self.change("register", "1", **fields), 201)
 
     async def token(self, request: web.Request) -> web.Response:
         """Logs in, by OAuth2's password grant (RFC 6749 4.3) as a form, or by the same as JSON."""
@@ -1762,47 +1634,54 @@ class Http(Chat):
         response.headers["Cache-Control"] = "no-store"
         return response
 
-    async def confirm(self, request: web.Request, me: str, data: Mapping[str, Any]) -> None:
-        """Asks the caller for the password again."""
+    async def confirm(self, request: web.Request) -> tuple[str, Mapping[str, Any]]:
+        """Returns the caller and the body, once the body's password is found to be the caller's."""
+        me, data = (await self.identify(request)).username, await self.body(request)
         password, refusal = check_password(data, "password"), ChatError(403, "wrong password")
         await self.verify(me, password, self.address(request), refusal)
+        return me, data
 
     async def change_password(self, request: web.Request) -> web.Response:
         """Changes the caller's password and voids every token."""
-        me, data = (await self.identify(request)).username, await self.body(request)
-        fresh = check_password(data, "new_password", self.config.password_min_length)
-        await self.confirm(request, me, data)
-        hashed = await self.hash(hash_password, fresh)
+        me, data = await self.confirm(request)
+        password = check_password(data, "new_password", self.config.password_min_length)
+        hashed = await self.hash(hash_password, password)
         return answer(await self.change("set_password", me=me, password=hashed))
 
     async def delete_me(self, request: web.Request) -> web.Response:
         """Deletes the caller's account and, if asked to, the text of all their messages."""
-        me, data = (await self.identify(request)).username, await self.body(request)
+        me, data = await self.confirm(request)
         if not isinstance(data.get("erase", False), bool):
             raise ChatError(400, "erase: should be true or false")
-        await self.confirm(request, me, data)
-        while data.get("erase") and (texts := await self.db.read(each, LIST_TEXTS, [(me,)])):
+        while data.get("erase") and (texts := await self.db.run(READ, each(LIST_TEXTS, [(me,)]))):
             for room_id, group in itertools.groupby(texts, key=lambda row: str(row["room_id"])):
-                fields = {"room_id": room_id, "seqs": [row["seq"] for row in group]}
-                await self.change("erase", [room_id], me=me, **fields)
-        rooms = [row["room_id"] for row in await self.db.read(each, LIST_ROLES, [(me,)])]
-        return answer(await self.change("delete_user", rooms, me=me))
+                seqs = [row["seq"] for row in group]
+                await self.change("erase", me=me, room_id=room_id, seqs=seqs)
+        rooms = await self.db.run(READ, each(LIST_ROLES, [(me,)]))
+        return answer(await self.change("delete_user", *(row["room_id"] for row in rooms), me=me))
 
-    def page(self, file: str, policy: str, **words: str) -> Handler:
-        """Returns the handler of a page; its inline script and style are allowed by hash."""
+    async def page(self, file: str, policy: str, **words: str) -> web.Response:
+        """Returns a page; its inline script and style are allowed by their hashes."""
+        text = (HERE / file).read_text("utf-8")
+        for word, value in words.items():
+            text = text.replace("{{" + word + "}}", value)
+        for tag in ("script", "style"):
+            block = text.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode()
+            digest = base64.b64encode(hashlib.sha256(block).digest()).decode()
+            policy = policy.replace("{" + tag + "}", f"'sha256-{digest}'")
+        headers = {"Content-Security-Policy": policy}
+        return web.Response(text=text, content_type="text/html", headers=headers)
 
-        async def handler(_: web.Request) -> web.Response:
-            text, allowed = (HERE / file).read_text("utf-8"), policy
-            for word, value in words.items():
-                text = text.replace("{{" + word + "}}", value)
-            for tag in ("script", "style"):
-                block = text.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode()
-                digest = base64.b64encode(hashlib.sha256(block).digest()).decode()
-                allowed = allowed.replace("{" + tag + "}", f"'sha256-{digest}'")
-            headers = {"Content-Security-Policy": allowed}
-            return web.Response(text=text, content_type="text/html", headers=headers)
+    async def chat_page(self, _: web.Request) -> web.Response:
+        """Returns the page to chat in."""
+        return await self.page("client.html", PAGE_POLICY)
 
-        return handler
+    async def docs_page(self, request: web.Request) -> web.Response:
+        """Returns Swagger UI or ReDoc."""
+        kind = "redoc" if request.path.endswith("/redoc") else "swagger"
+        assets = self.config.docs_assets
+        assets = assets if assets in ("cdn", "off") else "folder"
+        return await self.page("docs.html", DOCS_POLICY, kind=kind, assets=assets)
 
     async def docs_asset(self, request: web.Request) -> web.StreamResponse:
         """Returns one of the files of the documentation pages."""
@@ -1818,7 +1697,7 @@ class Http(Chat):
 
     async def healthz(self, _: web.Request) -> web.Response:
         """Tells whether the database answers and is set up to keep what it is told."""
-        await self.db.read(first, GET_EPOCH)
+        await self.db.run(READ, first(GET_EPOCH))
         facts = {"database": self.db.name, "warnings": self.db.warnings}
         return answer({"status": "ok", **facts})
 
@@ -1826,20 +1705,19 @@ class Http(Chat):
         """Returns figures for Prometheus."""
         if self.config.metrics == "off":
             raise ChatError(404, "metrics are off")
-        sizes = {"sockets": self.connected.total(), "rooms": len(self.rooms)}
+        sizes: dict[str, float] = {"sockets": self.connected.total(), "rooms": len(self.rooms)}
+        figures = {
+            f"{name} gauge": size for name, size in (sizes | {"queue": len(self.queue)}).items()
+        }
+        figures |= {f"{name}_total counter": self.counts[name] for name in COUNTED}
         lines = []
-        for name, size in (*sizes.items(), ("queue", len(self.queue))):
-            lines += [f"# TYPE chatserver_{name} gauge", f"chatserver_{name} {size}"]
-        for name in COUNTED:
-            lines += [f"# TYPE chatserver_{name}_total counter"]
-            lines += [f"chatserver_{name}_total {self.counts[name]}"]
+        for name, value in figures.items():
+            lines += [f"# TYPE chatserver_{name}", f"chatserver_{name.partition(' ')[0]} {value}"]
         lines += ["# TYPE chatserver_errors_total counter"]
         for name in sorted(self.counts.keys() - {*COUNTED}):
-            code = name.removeprefix("errors ")
-            lines += [f'chatserver_errors_total{{code="{code}"}} {self.counts[name]}']
-        text = "\n".join([*lines, ""]).encode()
+            lines += [f'chatserver_errors_total{{code="{name}"}} {self.counts[name]}']
         headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        return web.Response(body=text, headers=headers)
+        return web.Response(body="\n".join([*lines, ""]).encode(), headers=headers)
 
 
 # ---------------------------------------------------------------------------------------- WebSocket
@@ -1854,18 +1732,11 @@ FRAMES = {
 }
 
 
-def is_name(value: object) -> bool:
-    """Tells whether a client_id or target is one, so that it may be sent back."""
-    return type(value) is int or (
-        isinstance(value, str) and bool(re.fullmatch("[ -~]{1,64}", value))
-    )
-
-
 class ChatServer(Http):
     """The handler of the WebSocket, and with it the whole server."""
 
     async def connect(self, request: web.Request) -> web.WebSocketResponse:
-        """Accepts a socket, if there is room for it, and frees all that it had when it ends."""
+        """Takes a socket, if there is room for it, from its handshake to its end."""
         address, origin = self.address(request), request.headers.get("Origin", "")
         foreign = origin and origin.partition("://")[2] != request.host
         if foreign and origin not in self.config.allowed_origins:
@@ -1874,30 +1745,24 @@ class ChatServer(Http):
             raise ChatError(503, "the server is full", retry_after=10)
         if self.connected[address] >= (self.config.sockets_per_address or UNLIMITED):
             raise ChatError(429, "too many sockets from this address", retry_after=10)
-        self.connected[address] += 1
-        try:
-            return await self.accept(request)
-        finally:
-            self.connected[address] -= 1
-            if not self.connected[address]:
-                del self.connected[address]
-
-    async def accept(self, request: web.Request) -> web.WebSocketResponse:
-        """Takes a socket from its handshake to its end."""
-        login = await self.identify(request) if "Authorization" in request.headers else None
-        if login:
-            await self.check_entry(request, login)
         size = self.config.frame_bytes + 1 if self.config.frame_bytes else 0
         ws = web.WebSocketResponse(
             timeout=2, autoclose=False, autoping=False, compress=False, max_msg_size=size
         )
-        await ws.prepare(request)
+        self.connected[address] += 1
         try:
-            await self.converse(request, ws, login)
+            login = await self.identify(request) if "Authorization" in request.headers else None
+            if login:
+                await self.check_entry(request, login)
+            await ws.prepare(request)
+            await self.converse(request, ws, login or await self.first_frame(ws))
         except ChatError as error:
+            if not ws.prepared:
+                raise
             await ws.close(code=error.close_code, message=str(error).encode()[:120])
         finally:
-            if request.transport:
+            self.connected[address] -= 1
+            if ws.prepared and request.transport:
                 request.transport.close()
         return ws
 
@@ -1909,14 +1774,10 @@ class ChatServer(Http):
     async def check_entry(self, request: web.Request, login: Login) -> dict[str, Any]:
         """Refuses who may not connect to this room, or not from there; returns where to start."""
         self.check_share(login.username)
-        query, room_id = self.query(request), request.match_info["room_id"]
-        try:
-            check(request.match_info, "room_id")
-        except ChatError:
-            raise ChatError(404, "there is no such room") from None
-        await self.look("look_into", me=login.username, room_id=room_id)
-        start = {name: check(query, name, None, spelled=True) for name in ("after", "last")}
-        return start | {"epoch": query.get("epoch", self.epoch)}
+        asked = query(request)
+        await self.look("show_room", me=login.username, **locate(request))
+        start = {name: check(asked, name, None, spelled=True) for name in ("after", "last")}
+        return start | {"epoch": asked.get("epoch", self.epoch)}
 
     async def first_frame(self, ws: web.WebSocketResponse) -> Login:
         """Waits 10 s for {"type": "auth", "token"}, as browsers must log in."""
@@ -1933,18 +1794,17 @@ class ChatServer(Http):
             self.strangers.discard(ws)
         raise ChatError(401, "the first frame should be a valid log-in, within 10 s")
 
-    async def converse(
-        self, request: web.Request, ws: web.WebSocketResponse, login: Login | None
-    ) -> None:
-        """Logs in, enters, replays and listens."""
-        login = login or await self.first_frame(ws)
+    async def converse(self, request: web.Request, ws: web.WebSocketResponse, login: Login) -> None:
+        """Enters, replays and listens; whatever happens, the socket is forgotten at the end."""
         room_id, start = request.match_info["room_id"], await self.check_entry(request, login)
         if not (transport := request.transport):
             return
-        self.check_share(login.username)
+        self.check_share(login.username)  # others may have come meanwhile
         room = self.rooms.setdefault(room_id, Room(room_id))
         socket, replay = Socket(transport, room, login), None
-        self.enter(socket)
+        # Before it is live, so that nothing that would end it is missed.
+        room.sockets.add(socket)
+        self.users[login.username].add(socket)
         try:
             cursor = await self.greet(socket, start)
             if cursor == room.cursor and not socket.closed:
@@ -1960,26 +1820,26 @@ class ChatServer(Http):
 
     async def greet(self, socket: Socket, start: Mapping[str, Any]) -> int:
         """Enters and says hello, and reset if it must; returns the cursor to go on from."""
-        room, login = socket.room, socket.login
-        fields = {"me": login.username, "version": login.version, "room_id": room.room_id}
-        role, floor, seq = await self.change("join", [room.room_id], **fields)
+        room, me, version = socket.room, socket.login.username, socket.login.version
+        entry = self.change("join", me=me, version=version, room_id=room.room_id)
+        role, floor, seq = await entry
         socket.entered = seq
         if socket.removed > seq:
             raise ChatError(403, "you are no longer in this room")
-        room.cursor = seq if room.cursor is None else room.cursor
+        room.cursor = seq if room.cursor < 0 else room.cursor
         self.notice(room.room_id, seq)
         where = {"room_id": room.room_id, "seq": seq, "epoch": self.epoch}
-        online = sorted(room.announced | {login.username})
-        hello = {"type": "hello", "username": login.username, "role": role, "online": online}
-        socket.send(hello | where)
+        hello = {"type": "hello", "username": me, "role": role}
+        socket.send({**hello, **where, "online": sorted(room.announced | {me})})
         after = seq if start["after"] is None else start["after"]
         if start["after"] is None and start["last"]:
             last = min(start["last"], self.config.history_limit or UNLIMITED)
-            newest = await self.db.read(each, NEWEST, [(room.room_id, floor, seq + 1, last)])
+            values = (room.room_id, floor, seq + 1, last)
+            newest = await self.db.run(READ, each(NEWEST, [values]))
             after = newest[-1]["seq"] - 1 if newest else seq
         if not floor <= after <= seq or start["epoch"] != self.epoch:
             socket.send({"type": "reset", "floor": floor, **where})
-            return int(seq)
+            after = seq
         return int(after)
 
     async def listen(self, ws: web.WebSocketResponse, socket: Socket) -> None:
@@ -2013,27 +1873,22 @@ class ChatServer(Http):
 
     async def act(self, socket: Socket, data: dict[str, Any]) -> None:
         """Does what a frame asks for; most types are operations, as over HTTP."""
-        kind, room_id, me = (
-            str(data.get("type", "message")),
-            socket.room.room_id,
-            socket.login.username,
-        )
-        if kind in FRAMES:
-            if kind in ("edit", "delete"):
-                data["seq"], _ = check(data, "target"), check(data, "client_id", None)
-            if kind == "read":
-                self.count(socket)
-            fields = self.bind(FRAMES[kind], data | {"room_id": room_id}, me, spelled=False)
-            self.submit(FRAMES[kind], fields, [room_id], partial(self.settle, socket, data))
-        elif kind == "typing":
+        kind, room_id, me = data.get("type", "message"), socket.room.room_id, socket.login.username
+        if kind in ("read", "typing", "auth"):
             self.count(socket)
+        if kind == "typing":
             self.tell_typing(socket)
         elif kind == "auth":
-            self.count(socket)
             login = await self.authenticate(data.get("token"))
             if login.username != me:
                 raise ChatError(403, "this token is another user's, the old log-in stands")
             socket.renew(login)
+        elif isinstance(kind, str) and kind in FRAMES:
+            if kind in ("edit", "delete"):
+                data["seq"], _ = check(data, "target"), check(data, "client_id", None)
+            fields = self.bind(FRAMES[kind], data | {"room_id": room_id}, me, spelled=False)
+            reply = partial(self.settle, socket, data)
+            self.submit(Command(FRAMES[kind], fields, reply))
         else:
             raise ChatError(400, f"type: should be {', '.join(FRAMES)}, typing or auth")
 
@@ -2044,15 +1899,18 @@ class ChatServer(Http):
             typing = {"type": "typing", "room_id": room_id, "username": socket.login.username}
             self.whisper(room_id, typing)
             self.notes.append(("tell", room_id, typing))
-            self.wake.set()
+            self.news.set()
 
     def settle(self, socket: Socket, data: Mapping[str, Any], outcome: Any) -> None:
         """Answers a frame: an error, an ack to a retry, else the event itself is the answer."""
         if isinstance(outcome, ChatError):
-            named = {name: data.get(name) for name in ("client_id", "target")}
-            shown = {name: one for name, one in named.items() if is_name(one)}
-            socket.send({"type": "error", **outcome.body, **shown})
-            self.counts[f"errors {outcome.body['error']}"] += 1
+            body = {"type": "error", **outcome.body}
+            for name in ("client_id", "target"):
+                value = data.get(name)
+                if type(value) is int or re.fullmatch("[ -~]{1,64}", str(value or "")):
+                    body[name] = value
+            socket.send(body)
+            self.counts[outcome.body["error"]] += 1
         elif isinstance(outcome, tuple) and outcome[0] == 200:
             socket.send({"type": "ack", "client_id": data["client_id"], "seq": outcome[1]["seq"]})
 
@@ -2061,15 +1919,6 @@ class ChatServer(Http):
 # What stands around every handler, the route table, and how the program starts and stops.
 
 SERVER = web.AppKey("server", ChatServer)
-CDN = "https://cdn.jsdelivr.net/npm/"
-STRICT = "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
-PAGE_POLICY = (
-    f"{STRICT}; script-src {{script}}; style-src {{style}}; connect-src 'self'; img-src data:"
-)
-DOCS_POLICY = (
-    f"{STRICT}; script-src 'self' {{script}} {CDN}; style-src 'self' 'unsafe-inline' {CDN}; "
-    "connect-src 'self'; img-src 'self' data:; font-src data:; worker-src blob:"
-)
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -2077,9 +1926,13 @@ HEADERS = {
     "Content-Security-Policy": STRICT,
 }
 ROUTES = """
+POST   /auth/register                       register
+POST   /auth/token                          token
 POST   /auth/logout                         set_password
+POST   /auth/password                       change_password
 GET    /users                               list_users
 GET    /users/me                            get_user
+DELETE /users/me                            delete_me
 GET    /users/{username}                    get_user
 GET    /rooms                               list_rooms
 POST   /rooms                               create_room
@@ -2095,6 +1948,14 @@ DELETE /rooms/{room_id}/messages/{seq}      delete_message
 GET    /rooms/{room_id}/events              list_events
 PUT    /rooms/{room_id}/read                mark_read
 GET    /search                              search
+GET    /websockets/chat/{room_id}           connect
+GET    /                                    chat_page
+GET    /docs                                docs_page
+GET    /redoc                               docs_page
+GET    /docs/assets/{file:[a-z.-]+}         docs_asset
+GET    /openapi.json                        openapi
+GET    /healthz                             healthz
+GET    /metrics                             metrics
 """
 
 
@@ -2133,7 +1994,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except Exception:
         LOGGER.exception("%s %s failed", request.method, request.path)
         refusal = MISTAKE
-    request.config_dict[SERVER].counts[f"errors {refusal.body['error']}"] += 1
+    request.config_dict[SERVER].counts[refusal.body["error"]] += 1
     return refuse(request, refusal, headers)
 
 
@@ -2141,12 +2002,13 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     """Adds the headers that every answer carries, and CORS for pages of allowed origins."""
     for name, value in HEADERS.items():
         response.headers.setdefault(name, value)
-    origin = request.headers.get("Origin", "")
-    if origin in request.config_dict[SERVER].config.allowed_origins:
+    response.headers["Server"] = "chatserver"
+    if allowed := request.config_dict[SERVER].config.allowed_origins:
+        response.headers["Vary"] = "Origin"
+    if (origin := request.headers.get("Origin", "")) in allowed:
         response.headers["Access-Control-Allow-Origin"] = origin
         response.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
         response.headers["Access-Control-Allow-Methods"] = "GET, POST, PUT, PATCH, DELETE"
-        response.headers["Vary"] = "Origin"
 
 
 async def stop(app: web.Application) -> None:
@@ -2170,28 +2032,10 @@ def create_app(config: Config | None = None) -> web.Application:
     app.cleanup_ctx.append(server.running)
     app.on_shutdown.append(stop)
     app.on_response_prepare.append(add_headers)
-    assets = server.config.docs_assets
-    assets = assets if assets in ("cdn", "off") else "folder"
-    handlers: dict[str, Handler] = {
-        "POST /auth/register": server.register,
-        "POST /auth/token": server.token,
-        "POST /auth/password": server.change_password,
-        "DELETE /users/me": server.delete_me,
-        "GET /websockets/chat/{room_id}": server.connect,
-        "GET /": server.page("client.html", PAGE_POLICY),
-        "GET /docs": server.page("docs.html", DOCS_POLICY, kind="swagger", assets=assets),
-        "GET /redoc": server.page("docs.html", DOCS_POLICY, kind="redoc", assets=assets),
-        "GET /docs/assets/{file:[a-z.-]+}": server.docs_asset,
-        "GET /openapi.json": server.openapi,
-        "GET /healthz": server.healthz,
-        "GET /metrics": server.metrics,
-    }
     for method, path, name in map(str.split, ROUTES.strip().splitlines()):
-        handlers[f"{method} {path}"] = server.route(name, method)
-    for route, handler in handlers.items():
-        method, path = route.split()
+        handler = getattr(server, name, None) or server.route(name, method)
         if method == "GET":
-            app.router.add_get(path, handler, allow_head="websockets" not in path)
+            app.router.add_get(path, handler, allow_head=name != "connect")
         else:
             app.router.add_route(method, path, handler)
     return app
@@ -2254,33 +2098,21 @@ async def serve(config: Config, listener: sockets.socket) -> None:
 
 def supervise(config: Config, listener: sockets.socket) -> None:
     """Keeps `workers` processes on one socket, replaces one that dies, and stops them together."""
-    children, stopping, began = set[int](), threading.Event(), time.monotonic()
-    signals, failed = (signal.SIGTERM, signal.SIGINT), False
-
-    def stop_all(*_: object) -> None:
-        stopping.set()
-        for child in children:
-            os.kill(child, signal.SIGTERM)
-
-    for number in signals:
-        signal.signal(number, stop_all)
-    while children or not stopping.is_set():
-        while len(children) < config.workers and not stopping.is_set():
-            signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until stop_all knows the child
-            if not (child := os.fork()):
-                for number in signals:
-                    signal.signal(number, signal.SIG_DFL)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-                asyncio.run(serve(config, listener))
-                os._exit(0)
-            children.add(child)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-        child, status = os.wait()
-        children.discard(child)
-        if os.waitstatus_to_exitcode(status) == 1 and time.monotonic() - began < 10:
+    fork, stopping, failed = multiprocessing.get_context("fork"), threading.Event(), False
+    began, workers = time.monotonic(), list[Any]()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    while workers or not stopping.is_set():
+        if any(one.exitcode == 1 for one in workers) and time.monotonic() - began < 10:
             failed = True  # it could not start, and has said why
-            stop_all()
-        stopping.wait(0.3)
+            stopping.set()
+        workers = [one for one in workers if one.is_alive()]
+        while len(workers) < config.workers and not stopping.is_set():
+            workers.append(fork.Process(target=lambda: asyncio.run(serve(config, listener))))
+            workers[-1].start()
+        for worker in workers if stopping.is_set() else ():
+            worker.terminate()  # again and again, since a new one may not yet listen to signals
+        time.sleep(0.2)
     if failed:
         raise SystemExit(1)
 
