@@ -66,6 +66,7 @@ import jwt
 from aiohttp import WSMsgType, web
 
 T = TypeVar("T")
+Row = Mapping[str, Any]  # of the database, or the fields of a JSON object
 HERE = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("chatserver")
 UNLIMITED = 2**53  # up to here every JSON client keeps whole numbers exactly
@@ -237,11 +238,9 @@ FIELDS: dict[str, range | tuple[str, str]] = {  # a number's range, or a text's 
 REQUIRED = inspect.Parameter.empty
 
 
-def check(
-    data: Mapping[str, Any], name: str, default: Any = REQUIRED, *, spelled: bool = False
-) -> Any:
-    """Returns a field, or its default, or refuses; paths and queries spell their numbers."""
-    if default is not REQUIRED and data.get(name, default) is default:
+def check(data: Row, name: str, default: Any = REQUIRED, *, spelled: bool = False) -> Any:
+    """Returns a field, or its default, or refuses; queries spell their numbers."""
+    if default is not REQUIRED and (name not in data or (data[name] is None and not default)):
         return default
     value, rule = data.get(name), FIELDS.get(name, range(UNLIMITED + 1))
     if isinstance(rule, range) and not isinstance(default, str):
@@ -288,7 +287,7 @@ SCRYPT = "scrypt$16384$8$5"  # N, r, p; a log-in hashes anew what was hashed wit
 NOBODY = f"{SCRYPT}${'00' * 16}${'00' * 64}"  # no password has this hash; finding out takes as long
 
 
-def check_password(data: Mapping[str, Any], name: str, shortest: int = 1) -> bytes:
+def check_password(data: Row, name: str, shortest: int = 1) -> bytes:
     """Returns a password's bytes as given; no NUL, since HMAC pads with it (RFC 2104 2)."""
     password = str(check(data, name)).encode()
     if not shortest <= len(password) <= 1024:
@@ -335,7 +334,6 @@ class Limiter:
 # thread, never cancelled half-way; asyncpg drives it with awaits. All in which the engines differ
 # is here; what a room or a user is, is not.
 
-Row = Mapping[str, Any]
 Operation = Generator[tuple[str, Sequence[Sequence[Any]]], list[Any], T]
 NUMBERS = tuple(map(str, range(1, 20)))
 READ, WRITE = "BEGIN", "BEGIN IMMEDIATE"
@@ -746,6 +744,14 @@ class Transaction:
         else:
             yield DROP_MEMBER, [(room_id, member)]
 
+    def enter(self, me: str, room_id: str, version: int | None = None) -> Operation[None]:
+        """Makes a visitor a member, unless the account has gone or the log-in has ended."""
+        rank, user = self.admit(me, room_id), (yield from first(GET_USER, me))
+        if not user or version not in (user["version"], None):
+            raise ChatError(401, "this log-in has ended")
+        if rank == RANKS["visitor"]:
+            yield from self.set_role(me, room_id, me, "member")
+
     def post_message(
         self, me: str, room_id: str, message: str, client_id: str | None = None
     ) -> Operation[Any]:
@@ -754,79 +760,54 @@ class Transaction:
         if old and not old["edited_at"] and old["message"] not in (None, message):
             raise ChatError(409, "this client_id was sent before with another text")
         if not old and rank == RANKS["visitor"]:
-            yield from self.set_role(me, room_id, me, "member")
+            yield from self.enter(me, room_id)
         fields = {"message": message, "folded": message.casefold(), "client_id": client_id}
         event = old or self.add(room_id, "message", me, **fields)
         if client_id:
             self.sent[room_id, me, client_id] = event
         return 200 if old else 201, describe(event)
 
-    def edit_message(self, me: str, room_id: str, seq: int, message: str) -> Operation[Any]:
-        """Replaces the text of one's own message."""
-        return (yield from self.change_message(me, room_id, seq, message))
-
-    def delete_message(self, me: str, room_id: str, seq: int) -> Operation[None]:
-        """Erases the text of a message, one's own or as a moderator."""
-        yield from self.change_message(me, room_id, seq, None)
-
-    def change_message(self, me: str, room_id: str, seq: int, text: str | None) -> Operation[Any]:
-        """Keeps a text in one place only, the message's own row, so that erased is erased."""
+    def set_message(self, me: str, room_id: str, seq: int, message: str | None) -> Operation[Any]:
+        """Edits one's own message or deletes it, as a moderator may; no other row has its text."""
         rank, old = self.admit(me, room_id), (yield from first(GET_MESSAGE, room_id, seq))
         if not old or old["message"] is None or seq <= self.rooms[room_id]["floor"]:
             raise ChatError(404, "there is no such message, or it was deleted")
-        if old["username"] != me and (text is not None or rank < RANKS["moderator"]):
+        if old["username"] != me and (message or rank < RANKS["moderator"]):
             raise ChatError(403, "only its author may do that; a moderator may delete it")
-        edited_at = None if text is None else self.now
-        yield SET_MESSAGE, [(room_id, seq, text, text and text.casefold(), edited_at)]
-        self.add(room_id, "edit" if text else "delete", me, target=seq, message=text)
-        return describe({**old, "message": text, "edited_at": edited_at})
+        edited_at = self.now if message else None
+        yield SET_MESSAGE, [(room_id, seq, message, message and message.casefold(), edited_at)]
+        self.add(room_id, "edit" if message else "delete", me, target=seq, message=message)
+        return message and describe({**old, "message": message, "edited_at": edited_at})
 
-    def put_member(
-        self, me: str, room_id: str, username: str, role: str = "member"
+    def set_member(
+        self, me: str, room_id: str, username: str, role: str | None = "member"
     ) -> Operation[Any]:
-        """Joins, invites, promotes, steps down or bans."""
-        yield from self.change_member(me, room_id, username, role)
-        return {"username": username, "role": role, "online": False}
-
-    def delete_member(self, me: str, room_id: str, username: str) -> Operation[None]:
-        """Leaves, removes or lifts a ban."""
-        yield from self.change_member(me, room_id, username, None)
-
-    def change_member(self, me: str, room_id: str, user: str, role: str | None) -> Operation[None]:
-        """Sets a role as far as the caller's own goes; a room that had an owner keeps one."""
-        mine, found = self.admit(me, room_id), (yield from first(GET_ROLE, room_id, user))
+        """Sets a role, or none, as far as the caller's own goes; a room with an owner keeps one."""
+        mine, found = self.admit(me, room_id), (yield from first(GET_ROLE, room_id, username))
         theirs, rank = found and found["role"], RANKS[role or "visitor"]
         if self.rooms[room_id]["kind"] == "direct":
             raise ChatError(403, "a direct room always has the same two members")
-        if not (theirs or role) or not (yield from first(GET_USER, user)):
+        if not (theirs or role) or not (yield from first(GET_USER, username)):
             raise ChatError(404, "there is no such user here")
         if theirs == "owner" != role and mine == RANKS["owner"]:
-            heir = yield from first(GET_HEIR, room_id, user)
+            heir = yield from first(GET_HEIR, room_id, username)
             if not heir or heir["role"] != "owner":
                 raise ChatError(409, "the last owner has to make somebody else owner first")
         own = 0 <= rank <= max(mine, RANKS["member"])
         above = mine == RANKS["owner"] or mine > max(rank, RANKS[theirs or "visitor"], 1)
-        if not (own if me == user else above):
+        if not (own if me == username else above):
             raise ChatError(403, "that takes a higher role in this room")
         if role != theirs:
-            yield from self.set_role(me, room_id, user, role)
+            yield from self.set_role(me, room_id, username, role)
+        return role and {"username": username, "role": role, "online": False}
 
     def join(self, me: str, version: int, room_id: str) -> Operation[Any]:
-        """Lets a socket in, a visitor as a member; returns what `hello` tells."""
-        user = yield from first(GET_USER, me)
-        if not user or user["version"] != version:
-            raise ChatError(401, "this log-in has ended")
-        if self.admit(me, room_id) == RANKS["visitor"]:
-            yield from self.set_role(me, room_id, me, "member")
+        """Lets a socket in; returns what `hello` tells."""
+        yield from self.enter(me, room_id, version)
         return self.roles[room_id, me], self.rooms[room_id]["floor"], self.rooms[room_id]["seq"]
 
     def create_room(
-        self,
-        me: str,
-        room_id: str | None = None,
-        name: str | None = None,
-        kind: str = "public",
-        username: str | None = None,
+        self, me: str, room_id: str = "", name: str = "", kind: str = "public", username: str = ""
     ) -> Operation[Any]:
         """Makes a room and its owner, or, unless they have it, the one direct room of two users."""
         owners, most = {me: "owner"}, self.config.rooms_per_user or UNLIMITED
@@ -841,6 +822,8 @@ class Transaction:
             raise ChatError(400, "room_id: is required, and may not begin with direct-")
         elif (yield from first(COUNT_ROOMS, me))["rooms"] >= most:
             raise ChatError(403, f"you have created {most} rooms, which is as many as one may")
+        elif not (yield from first(GET_USER, me)):
+            raise ChatError(401, "this log-in has ended")
         new = yield from first(ADD_ROOM, room_id, name or room_id, kind, me, self.now)
         if not new and kind != "direct":
             raise ChatError(409, "this room_id is, or was, another room's")
@@ -916,7 +899,7 @@ class Transaction:
         """Lists users by name."""
         return [show_user(row) for row in (yield LIST_USERS, [(after, prefix, limit)])]
 
-    def get_user(self, me: str, username: str | None = None) -> Operation[Any]:
+    def get_user(self, me: str, username: str = "") -> Operation[Any]:
         """Returns a user; the e-mail address only to oneself, at /users/me."""
         if not (row := (yield from first(GET_USER, username or me))):
             raise ChatError(404, "there is no such user")
@@ -940,18 +923,13 @@ class Transaction:
         return (yield from self.show_room(me, room_id)) | {"members": shown}
 
     def list_messages(
-        self,
-        me: str,
-        room_id: str,
-        before: int = UNLIMITED,
-        after: int | None = None,
-        limit: int = 50,
+        self, me: str, room_id: str, before: int = UNLIMITED, after: int = -1, limit: int = 50
     ) -> Operation[Any]:
         """Returns a page of history, oldest first."""
         self.admit(me, room_id)
-        start = max(after or 0, self.rooms[room_id]["floor"])
+        start = max(after, self.rooms[room_id]["floor"])
         end = min(before, self.rooms[room_id]["seq"] + 1)
-        sql = NEWEST if after is None or before < UNLIMITED else OLDEST
+        sql = NEWEST if after < 0 or before < UNLIMITED else OLDEST
         page = yield sql, [(room_id, start, end, limit)]
         return sorted(map(describe, page), key=lambda event: event["seq"])
 
@@ -977,20 +955,15 @@ class Transaction:
         return {"events": [*map(describe, page)], **head}
 
     def search(
-        self,
-        me: str,
-        q: str,
-        room_id: str | None = None,
-        before: int | None = None,
-        limit: int = 50,
+        self, me: str, q: str, room_id: str = "", before: int = UNLIMITED, limit: int = 50
     ) -> Operation[Any]:
         """Finds messages that hold a text, newest first."""
         pattern = "%" + re.sub("([!%_])", r"!\1", q.casefold()) + "%"
         if room_id:
             self.admit(me, room_id)
-            values = (me, pattern, limit, room_id, UNLIMITED if before is None else before)
+            values = (me, pattern, limit, room_id, before)
             return [*map(describe, (yield SEARCH_ROOM, [values]))]
-        if before is not None:
+        if before < UNLIMITED:
             raise ChatError(400, "before: goes with room_id, whose numbers it means")
         return [*map(describe, (yield SEARCH_ALL, [(me, pattern, limit)]))]
 
@@ -1016,7 +989,7 @@ def to_frame(payload: bytes, opcode: int = WSMsgType.TEXT) -> bytes:
     return start + (b"\x7f" if wide else b"\x7e") + size.to_bytes(8 if wide else 2, "big") + payload
 
 
-def to_frames(items: Iterable[Mapping[str, Any]]) -> bytes:
+def to_frames(items: Iterable[Row]) -> bytes:
     """Encodes items as one run of frames."""
     return b"".join([to_frame(encode(item).encode()) for item in items])
 
@@ -1049,7 +1022,7 @@ class Socket:
         left = login.expires - time.time()
         self.expiry = self.loop.call_later(left, self.close, 4401, "the token has expired")
 
-    def send(self, *items: Mapping[str, Any]) -> None:
+    def send(self, *items: Row) -> None:
         """Writes frames, but none after the close frame."""
         if not self.closed:
             self.transport.write(to_frames(items))
@@ -1061,8 +1034,9 @@ class Socket:
             self.room.live.discard(self)
             payload = code.to_bytes(2, "big") + reason.encode()[:120]
             self.transport.write(to_frame(payload, WSMsgType.CLOSE))
-            if code == 1001 and self.transport.can_write_eof():
-                self.transport.write_eof()  # aiohttp reads no farewell while it shuts down
+            if code == 1001:  # aiohttp reads no farewell while it shuts down
+                with contextlib.suppress(OSError):
+                    self.transport.write_eof()
             self.loop.call_later(0.5 if code == 4408 else 2, self.transport.abort)
 
 
@@ -1483,7 +1457,6 @@ DOCS_POLICY = (
     f"{STRICT}; script-src 'self' {{script}} {CDN}; style-src 'self' 'unsafe-inline' {CDN}; "
     "connect-src 'self'; img-src 'self' data:; font-src data:; worker-src blob:"
 )
-POSTING = ("post_message", "edit_message", "delete_message")
 COUNTED = (
     *("messages", "deliveries", "slow_readers"),
     *("batches", "batch_messages", "commit_seconds"),
@@ -1524,14 +1497,18 @@ def locate(request: web.Request) -> dict[str, Any]:
 class Http(Chat):
     """The handlers of HTTP."""
 
-    def bind(self, name: str, data: Mapping[str, Any], me: str, *, spelled: bool) -> dict[str, Any]:
-        """Returns the fields of an operation, checked; the caller's rate of posting counts here."""
-        wanted = fields_of(name).items()
-        fields = {key: check(data, key, default, spelled=spelled) for key, default in wanted}
+    def bind(
+        self, name: str, data: Row, me: str, *, spelled: bool = False, unset: bool = False
+    ) -> dict[str, Any]:
+        """Returns an operation's fields, checked; the caller's rate of posting counts here."""
+        fields: dict[str, Any] = {
+            key: None if unset and key not in data else check(data, key, default, spelled=spelled)
+            for key, default in fields_of(name).items()
+        }
         if "limit" in fields:
             fields["limit"] = min(fields["limit"], self.config.history_limit or UNLIMITED)
-        if name in POSTING:
-            if len(fields.get("message", "")) > (self.config.message_length or UNLIMITED):
+        if name in ("post_message", "set_message"):
+            if len(fields["message"] or "") > (self.config.message_length or UNLIMITED):
                 raise ChatError(400, f"message: is over {self.config.message_length} characters")
             self.messages.take(me)
         return {"me": me, **fields}
@@ -1553,7 +1530,7 @@ class Http(Chat):
                 hops.pop()
         return hops[-1][:64]
 
-    async def body(self, request: web.Request, form: str = "") -> Mapping[str, Any]:
+    async def body(self, request: web.Request, form: str = "") -> Row:
         """Returns a JSON object, or the form that is expected, within 10 s; an empty body is {}."""
         data, most = bytearray(), self.config.body_bytes or UNLIMITED
         kind = request.headers.get("Content-Type", "").lower()
@@ -1579,8 +1556,11 @@ class Http(Chat):
 
         async def handler(request: web.Request) -> web.StreamResponse:
             me, path = (await self.identify(request)).username, locate(request)
-            data = query(request) if method == "GET" else await self.body(request)
-            fields = self.bind(name, {**data, **path}, me, spelled=method == "GET")
+            if method == "GET":
+                fields = self.bind(name, query(request) | path, me, spelled=True)
+            else:  # to delete is to set to nothing
+                data = {**await self.body(request), **path} if method != "DELETE" else path
+                fields = self.bind(name, data, me, unset=method == "DELETE")
             outcome = await (self.look if method == "GET" else self.change)(name, **fields)
             if fields.get("wait") and not outcome["events"]:
                 await self.wait_for(fields["room_id"], fields["wait"])
@@ -1634,7 +1614,7 @@ class Http(Chat):
         response.headers["Cache-Control"] = "no-store"
         return response
 
-    async def confirm(self, request: web.Request) -> tuple[str, Mapping[str, Any]]:
+    async def confirm(self, request: web.Request) -> tuple[str, Row]:
         """Returns the caller and the body, once the body's password is found to be the caller's."""
         me, data = (await self.identify(request)).username, await self.body(request)
         password, refusal = check_password(data, "password"), ChatError(403, "wrong password")
@@ -1726,8 +1706,8 @@ class Http(Chat):
 
 FRAMES = {
     "message": "post_message",
-    "edit": "edit_message",
-    "delete": "delete_message",
+    "edit": "set_message",
+    "delete": "set_message",
     "read": "mark_read",
 }
 
@@ -1818,7 +1798,7 @@ class ChatServer(Http):
                 replay.cancel()
                 await asyncio.wait([replay])
 
-    async def greet(self, socket: Socket, start: Mapping[str, Any]) -> int:
+    async def greet(self, socket: Socket, start: Row) -> int:
         """Enters and says hello, and reset if it must; returns the cursor to go on from."""
         room, me, version = socket.room, socket.login.username, socket.login.version
         entry = self.change("join", me=me, version=version, room_id=room.room_id)
@@ -1884,9 +1864,12 @@ class ChatServer(Http):
                 raise ChatError(403, "this token is another user's, the old log-in stands")
             socket.renew(login)
         elif isinstance(kind, str) and kind in FRAMES:
+            given = {**data, "room_id": room_id}
             if kind in ("edit", "delete"):
-                data["seq"], _ = check(data, "target"), check(data, "client_id", None)
-            fields = self.bind(FRAMES[kind], data | {"room_id": room_id}, me, spelled=False)
+                given["seq"], _ = check(data, "target"), check(data, "client_id", None)
+            if kind == "delete":
+                given.pop("message", None)
+            fields = self.bind(FRAMES[kind], given, me, unset=kind == "delete")
             reply = partial(self.settle, socket, data)
             self.submit(Command(FRAMES[kind], fields, reply))
         else:
@@ -1901,7 +1884,7 @@ class ChatServer(Http):
             self.notes.append(("tell", room_id, typing))
             self.news.set()
 
-    def settle(self, socket: Socket, data: Mapping[str, Any], outcome: Any) -> None:
+    def settle(self, socket: Socket, data: Row, outcome: Any) -> None:
         """Answers a frame: an error, an ack to a retry, else the event itself is the answer."""
         if isinstance(outcome, ChatError):
             body = {"type": "error", **outcome.body}
@@ -1939,12 +1922,12 @@ POST   /rooms                               create_room
 GET    /rooms/{room_id}                     get_room
 PATCH  /rooms/{room_id}                     rename_room
 DELETE /rooms/{room_id}                     delete_room
-PUT    /rooms/{room_id}/members/{username}  put_member
-DELETE /rooms/{room_id}/members/{username}  delete_member
+PUT    /rooms/{room_id}/members/{username}  set_member
+DELETE /rooms/{room_id}/members/{username}  set_member
 GET    /rooms/{room_id}/messages            list_messages
 POST   /rooms/{room_id}/messages            post_message
-PATCH  /rooms/{room_id}/messages/{seq}      edit_message
-DELETE /rooms/{room_id}/messages/{seq}      delete_message
+PATCH  /rooms/{room_id}/messages/{seq}      set_message
+DELETE /rooms/{room_id}/messages/{seq}      set_message
 GET    /rooms/{room_id}/events              list_events
 PUT    /rooms/{room_id}/read                mark_read
 GET    /search                              search
