@@ -82,7 +82,6 @@ RULES: dict[str, range | str] = {  # otherwise a number is 0 or more, and a text
     "metrics": "off|on",
     "port": range(65536),
     "registration": "open|closed",
-    "secret_key": "(.{32,})?",
     "workers": range(1, 257),
 }
 
@@ -121,12 +120,13 @@ class Config:
     def __post_init__(self) -> None:
         """Refuses a bad value with a ValueError that begins with the setting's name."""
         for name, value in vars(self).items():
-            rule = RULES.get(name, range(2**31) if isinstance(value, int) else ".*")
+            default = getattr(Config, name)
+            rule = RULES.get(name, range(2**31) if isinstance(default, int) else ".*")
             if isinstance(rule, range):
                 fits, rule = type(value) is int and value in rule, f"from {rule[0]} to {rule[-1]}"
             else:
                 fits = bool(re.fullmatch(rule, str(value), re.DOTALL))
-            if not (fits and isinstance(value, type(getattr(Config, name)))):
+            if not (fits and isinstance(value, type(default))):
                 shown = "what was given" if name in ("secret_key", "database_url") else repr(value)
                 raise ValueError(f"{name}: {shown} is not {rule}")
         if "pgbouncer=true" in self.database_url:
@@ -134,6 +134,10 @@ class Config:
         postgres = self.database_url.startswith("postgres")
         if postgres and not self.secret_key:
             raise ValueError("secret_key: is required with Postgres, the same for all processes")
+        if 0 < len(self.secret_key.encode()) < 32:
+            raise ValueError("secret_key: has less than 32 bytes")
+        if self.docs_assets not in ("cdn", "off") and not Path(self.docs_assets).is_dir():
+            raise ValueError(f"docs_assets: {self.docs_assets!r} is not cdn, off or a folder")
         if self.workers > 1 and not postgres:
             raise ValueError("workers: SQLite belongs to one process, more than one needs Postgres")
         try:
@@ -163,10 +167,12 @@ def read_settings(arguments: Iterable[str]) -> Iterator[tuple[str, str, str]]:
     yield from (("environment", name.lower(), text) for name, text in os.environ.items())
     options = iter(arguments)
     for option in options:
-        name, equals, text = option.removeprefix("--").partition("=")
-        if not equals and (text := next(options, "")) == "":
-            raise ValueError(f"command line: {option}: needs a value")
-        yield "command line", name.replace("-", "_"), text
+        name, equals, text = option.partition("=")
+        if not name.startswith("--") or "_" in name:
+            raise ValueError(f"command line: {name}: there is no such setting")
+        if not (text := text if equals else next(options, "")):
+            raise ValueError(f"command line: {name}: needs a value")
+        yield "command line", name[2:].replace("-", "_"), text
 
 
 def load_config(arguments: Iterable[str] = ()) -> Config:
@@ -204,7 +210,7 @@ class ChatError(Exception):
     """A refusal: an HTTP status, a sentence for people, a code for programs, more for its JSON."""
 
     def __init__(self, status: int, detail: str, code: str = "", **more: Any) -> None:
-        super().__init__(detail)
+        super().__init__(detail := " ".join(detail.split()))
         phrase = HTTPStatus(status).phrase.lower().replace(" ", "_")
         self.body = {"error": code or CODES.get(status, phrase), "detail": detail, **more}
         self.status, self.close_code = status, 1013 if status == 503 else 4000 + status
@@ -220,7 +226,6 @@ encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 TEXT = r"[^\0\ud800-\udfff]"  # no NUL and no half of a surrogate pair: what every engine can hold
 ANYTHING = (f"{TEXT}*", "text without NUL")
 FIELDS: dict[str, range | tuple[str, str]] = {  # a number's range, or a text's pattern and meaning
-    "account": (f"{TEXT}{{1,320}}", "a username or an e-mail address"),
     "client_id": ("[ -~]{1,64}", "1 to 64 printable ASCII characters"),
     "email": (r"[^\s@\0\ud800-\udfff]{1,64}@[^\s@\0\ud800-\udfff]{1,189}", "an e-mail address"),
     "epoch": ANYTHING,
@@ -233,7 +238,11 @@ FIELDS: dict[str, range | tuple[str, str]] = {  # a number's range, or a text's 
     "q": (rf"(?=.*\S){TEXT}{{1,200}}", "1 to 200 characters, not blank"),
     "role": ("member|moderator|owner|banned", "member, moderator, owner or banned"),
     "room_id": ("[a-z0-9][a-z0-9_-]{0,63}", "1 to 64 of a-z 0-9 _ -, a letter or digit first"),
-    "username": ("[a-z0-9][a-z0-9_.-]{1,31}", "2 to 32 of a-z 0-9 _ . -, a letter or digit first"),
+    "username or email": (f"{TEXT}{{1,320}}", "a username or an e-mail address"),
+    "username": (
+        "(?!me$)[a-z0-9][a-z0-9_.-]{1,31}",
+        "2 to 32 of a-z 0-9, and _.- but first; not me",
+    ),
 }
 REQUIRED = inspect.Parameter.empty
 
@@ -251,7 +260,7 @@ def check(data: Row, name: str, default: Any = REQUIRED, *, spelled: bool = Fals
         raise ChatError(400, f"{name}: should be a whole number from {rule[0]} to {rule[-1]}")
     pattern, meaning = ANYTHING if isinstance(rule, range) else rule
     if isinstance(value, str):
-        if value.isascii() and name in ("username", "email", "prefix"):
+        if name == "email" or (name in ("username", "prefix") and value.isascii()):
             value = value.lower()
         if re.fullmatch(pattern, value, re.DOTALL):
             return value
@@ -411,8 +420,9 @@ class SQLite:
             connection.execute("COMMIT")
             return stop.value  # type: ignore[no-any-return]
         finally:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+            with contextlib.suppress(sqlite3.Error):
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
             self.idle[begin].put(connection)
 
     async def run(self, begin: str, operation: Operation[T]) -> T:
@@ -431,6 +441,12 @@ class SQLite:
 
     async def tell(self, notes: Sequence[Any]) -> None:
         """Has nobody to tell: all who use the file are in this process."""
+
+
+@lru_cache
+def without_hints(sql: str) -> str:
+    """Returns a statement as Postgres takes it, which needs no advice and knows no word for it."""
+    return re.sub(r" INDEXED BY \w+", "", sql)
 
 
 class Postgres:
@@ -455,18 +471,23 @@ class Postgres:
         self.refusals = asyncpg.TransactionRollbackError, asyncpg.LockNotAvailableError
         self.asyncpg, self.process, self.heard = asyncpg, secrets.token_hex(4), 0.0
         self.telling = asyncio.Lock()
-        self.pool: Any = None
+        self.pools: dict[str, Any] = {}
         self.listener: Any = None
 
     async def open(self, schema: str) -> None:
         """Makes the tables, one process at a time; finds settings that lose what was acked."""
         schema = schema.replace("TEXT", 'TEXT COLLATE "C"').replace(" WITHOUT ROWID", "")
-        sizes = {"min_size": 0, "max_size": 4, "reset": self.keep}
+        sizes = {"min_size": 0, "reset": self.keep}
         try:
-            self.pool = await self.asyncpg.create_pool(**sizes, **self.options)
-            async with self.pool.acquire() as connection, connection.transaction():
-                await connection.execute("SELECT pg_advisory_xact_lock(7304241)")
-                await connection.execute(schema)
+            for begin, size in ((READ, 4), (WRITE, 1)):
+                pool = self.asyncpg.create_pool(max_size=size, **sizes, **self.options)
+                self.pools[begin] = await pool
+            async with self.pools[WRITE].acquire() as connection:
+                await connection.execute("SELECT pg_advisory_lock(7304241)")
+                # One by one, so that no transaction locks two tables.
+                for statement in filter(str.strip, schema.split(";\n")):
+                    await connection.execute(statement)
+                await connection.execute("SELECT pg_advisory_unlock(7304241)")
                 for name in ("fsync", "synchronous_commit", "full_page_writes"):
                     if await connection.fetchval("SELECT current_setting($1)", name) == "off":
                         self.warnings += (f"{name} is off in Postgres: messages can be lost",)
@@ -479,7 +500,7 @@ class Postgres:
 
     async def close(self) -> None:
         """Drops every connection."""
-        for connection in filter(None, (self.listener, self.pool)):
+        for connection in filter(None, (self.listener, *self.pools.values())):
             connection.terminate()
 
     async def drive(self, connection: Any, operation: Operation[T]) -> T:
@@ -489,9 +510,9 @@ class Postgres:
             while True:
                 rows = []
                 if len(many) == 1:
-                    rows = await connection.fetch(sql, *many[0])
+                    rows = await connection.fetch(without_hints(sql), *many[0])
                 elif many:
-                    rows = await connection.fetchmany(sql, many)
+                    rows = await connection.fetchmany(without_hints(sql), many)
                 sql, many = operation.send(rows)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
@@ -499,7 +520,7 @@ class Postgres:
     async def run(self, begin: str, operation: Operation[T]) -> T:
         """Returns what an operation returned, once committed; a failed COMMIT may have happened."""
         try:
-            async with self.pool.acquire(timeout=5) as connection:
+            async with self.pools[begin].acquire(timeout=5) as connection:
                 if begin == READ:
                     return await self.drive(connection, operation)
                 async with connection.transaction():
@@ -525,9 +546,9 @@ class Postgres:
 
         while True:
             with contextlib.suppress(*self.failures):
-                self.listener = await self.asyncpg.connect(**self.options)
-                await self.listener.add_listener("chatserver", receive)
-                self.heard = time.monotonic()
+                listener = await self.asyncpg.connect(**self.options)
+                await listener.add_listener("chatserver", receive)
+                self.listener, self.heard = listener, time.monotonic()
                 while not self.listener.is_closed() and time.monotonic() - self.heard < 6:
                     await asyncio.sleep(0.2)
             if self.listener:
@@ -541,11 +562,15 @@ class Postgres:
 EVENT = """SELECT e.room_id, e.seq, e.kind, e.username, e.target, e.member, e.role, e.name,
     coalesce(e.message, t.message) AS message, e.created_at, e.edited_at, e.client_id
     FROM events e LEFT JOIN events t ON t.room_id = e.room_id AND t.seq = e.target"""
+# Unread is all that came after the mark, less what is no message and what is one's own: both few.
 ROOM = """SELECT r.room_id, r.name, r.kind, r.seq, m.role, coalesce(m.read_seq, 0) AS read_seq,
-    (SELECT count(*) FROM (SELECT 1 AS one FROM events e WHERE m.role IS NOT NULL
-    AND e.room_id = r.room_id AND e.seq > m.read_seq AND e.message IS NOT NULL AND e.username <> $1
-    LIMIT 1001) AS newer) AS unread FROM rooms r
-    LEFT JOIN members m ON m.room_id = r.room_id AND m.username = $1 WHERE r.kind <> 'deleted'"""
+    coalesce(r.seq - m.read_seq
+    - (SELECT count(*) FROM events e INDEXED BY events_silent
+    WHERE e.room_id = r.room_id AND e.seq > m.read_seq AND e.message IS NULL)
+    - (SELECT count(*) FROM events e INDEXED BY events_by_user WHERE e.room_id = r.room_id
+    AND e.username = $1 AND e.seq > m.read_seq AND e.message IS NOT NULL), 0) AS unread
+    FROM rooms r LEFT JOIN members m ON m.room_id = r.room_id AND m.username = $1
+    WHERE r.kind <> 'deleted'"""
 READABLE = """coalesce(m.role, CASE r.kind WHEN 'public' THEN 'visitor' ELSE 'banned' END)
     <> 'banned'"""
 GET_EPOCH = "SELECT value FROM meta WHERE name = 'epoch'"
@@ -555,10 +580,11 @@ ADD_USER = """INSERT INTO users (username, email, password, version, created_at)
     VALUES ($1, $2, $3, 0, $4) ON CONFLICT DO NOTHING RETURNING username"""
 GET_USER = """SELECT username, email, password, version, created_at FROM users
     WHERE (username = $1 OR email = $1) AND password IS NOT NULL"""
+GET_VERSION = "SELECT username, version FROM users WHERE username = $1 AND password IS NOT NULL"
 LIST_USERS = """SELECT username, created_at FROM users WHERE password IS NOT NULL AND username > $1
     AND substr(username, 1, length($2)) = $2 ORDER BY username LIMIT $3"""
 SET_USER = """UPDATE users SET password = $2, email = $3, version = version + $4
-    WHERE username = $1 RETURNING version"""
+    WHERE username = $1 RETURNING username, version"""
 LIST_ROOMS = f"{ROOM} AND {READABLE} ORDER BY r.room_id"
 GET_ROOM = f"{ROOM} AND r.room_id = $2"
 LOCK_ROOM = "SELECT room_id, name, kind, seq, floor FROM rooms WHERE room_id = $1"
@@ -580,7 +606,7 @@ SET_ROLE = """INSERT INTO members (room_id, username, role, read_seq, since)
     ON CONFLICT (room_id, username) DO UPDATE SET role = excluded.role"""
 DROP_MEMBER = "DELETE FROM members WHERE room_id = $1 AND username = $2"
 SET_READ = """UPDATE members SET read_seq = $3
-    WHERE room_id = $1 AND username = $2 AND read_seq < $3"""
+    WHERE room_id = $1 AND username = $2 AND read_seq < $3 RETURNING read_seq"""
 ADD_EVENT = """INSERT INTO events (room_id, seq, kind, username, created_at, target, member, role,
     name, message, folded, client_id) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9,
     CASE WHEN $3 = 'message' THEN $10 END, $11, $12)"""
@@ -607,6 +633,7 @@ LIST_EXPIRED = """SELECT room_id, kind, floor, goal FROM (SELECT r.room_id, r.ki
 SET_FLOOR = "UPDATE rooms SET floor = $2 WHERE room_id = $1 AND floor < $2"
 EXPIRE = """DELETE FROM events
     WHERE room_id = $1 AND seq <= $2 AND (client_id IS NULL OR $3 = 'deleted')"""
+EXPIRE_MARKS = "UPDATE members SET read_seq = $2 WHERE room_id = $1 AND read_seq < $2"
 BLANK = """UPDATE events SET message = NULL, folded = NULL
     WHERE room_id = $1 AND seq <= $2 AND message IS NOT NULL"""
 
@@ -673,10 +700,11 @@ def is_whole(page: Sequence[Row], cursor: int) -> bool:
 
 
 class Command(NamedTuple):
-    """An operation, its fields, who hears what came of it, and rooms that it needs besides."""
+    """An operation, its fields, the log-in behind it, who hears its outcome, and other rooms."""
 
     name: str
     fields: dict[str, Any]
+    version: int | None = None
     reply: Callable[[Any], object] = id
     others: Sequence[str] = ()
 
@@ -692,6 +720,7 @@ class Transaction:
         self.config, self.row_lock, self.now = config, row_lock, int(time.time() * 1000)
         self.rooms: dict[str, dict[str, Any]] = {}
         self.roles: dict[tuple[str, str], str | None] = {}
+        self.versions: dict[str, int] = {}  # of the users' log-ins
         self.sent: dict[tuple[str, str, str | None], Row] = {}  # messages by their client_id
         self.events: list[dict[str, Any]] = []
         self.notes: list[tuple[str, str, Any]] = []
@@ -704,12 +733,16 @@ class Transaction:
         pairs = {(room_id, one.fields.get("me")) for one in commands for room_id in one.rooms()}
         found = yield GET_ROLE, [*pairs]
         self.roles = {(row["room_id"], row["username"]): row["role"] for row in found}
+        callers = {(one.fields["me"],) for one in commands if one.version is not None}
+        self.versions = {row["username"]: row["version"] for row in (yield GET_VERSION, [*callers])}
         named = [one.fields for one in commands if one.fields.get("client_id")]
         found = yield FIND_MESSAGE, [(one["room_id"], one["me"], one["client_id"]) for one in named]
         self.sent = {(row["room_id"], row["username"], row["client_id"]): row for row in found}
         outcomes: list[Any] = []
         for command in commands:
             try:
+                if command.version not in (None, self.versions.get(command.fields.get("me", ""))):
+                    raise ChatError(401, "log in again: this log-in has ended")
                 outcomes.append((yield from getattr(self, command.name)(**command.fields)))
             except ChatError as error:
                 outcomes.append(error)
@@ -744,23 +777,17 @@ class Transaction:
         else:
             yield DROP_MEMBER, [(room_id, member)]
 
-    def enter(self, me: str, room_id: str, version: int | None = None) -> Operation[None]:
-        """Makes a visitor a member, unless the account has gone or the log-in has ended."""
-        rank, user = self.admit(me, room_id), (yield from first(GET_USER, me))
-        if not user or version not in (user["version"], None):
-            raise ChatError(401, "this log-in has ended")
-        if rank == RANKS["visitor"]:
-            yield from self.set_role(me, room_id, me, "member")
-
     def post_message(
         self, me: str, room_id: str, message: str, client_id: str | None = None
     ) -> Operation[Any]:
         """Posts a message; 201 and the event or, if it is a retry, 200 and the first event."""
-        rank, old = self.admit(me, room_id), self.sent.get((room_id, me, client_id))
+        rank, old = self.admit(me, room_id), None
+        if client_id:
+            old = self.sent.get((room_id, me, client_id))
         if old and not old["edited_at"] and old["message"] not in (None, message):
             raise ChatError(409, "this client_id was sent before with another text")
         if not old and rank == RANKS["visitor"]:
-            yield from self.enter(me, room_id)
+            yield from self.set_role(me, room_id, me, "member")
         fields = {"message": message, "folded": message.casefold(), "client_id": client_id}
         event = old or self.add(room_id, "message", me, **fields)
         if client_id:
@@ -774,10 +801,12 @@ class Transaction:
             raise ChatError(404, "there is no such message, or it was deleted")
         if old["username"] != me and (message or rank < RANKS["moderator"]):
             raise ChatError(403, "only its author may do that; a moderator may delete it")
-        edited_at = self.now if message else None
-        yield SET_MESSAGE, [(room_id, seq, message, message and message.casefold(), edited_at)]
+        new = {**old, "message": message, "edited_at": self.now if message else None}
+        self.sent[room_id, old["username"], old["client_id"]] = new  # for retries in this batch
+        folded = message and message.casefold()
+        yield SET_MESSAGE, [(room_id, seq, message, folded, new["edited_at"])]
         self.add(room_id, "edit" if message else "delete", me, target=seq, message=message)
-        return message and describe({**old, "message": message, "edited_at": edited_at})
+        return message and describe(new)
 
     def set_member(
         self, me: str, room_id: str, username: str, role: str | None = "member"
@@ -801,9 +830,10 @@ class Transaction:
             yield from self.set_role(me, room_id, username, role)
         return role and {"username": username, "role": role, "online": False}
 
-    def join(self, me: str, version: int, room_id: str) -> Operation[Any]:
-        """Lets a socket in; returns what `hello` tells."""
-        yield from self.enter(me, room_id, version)
+    def join(self, me: str, room_id: str) -> Operation[Any]:
+        """Lets a socket in, a visitor as a member; returns what `hello` tells."""
+        if self.admit(me, room_id) == RANKS["visitor"]:
+            yield from self.set_role(me, room_id, me, "member")
         return self.roles[room_id, me], self.rooms[room_id]["floor"], self.rooms[room_id]["seq"]
 
     def create_room(
@@ -822,8 +852,6 @@ class Transaction:
             raise ChatError(400, "room_id: is required, and may not begin with direct-")
         elif (yield from first(COUNT_ROOMS, me))["rooms"] >= most:
             raise ChatError(403, f"you have created {most} rooms, which is as many as one may")
-        elif not (yield from first(GET_USER, me)):
-            raise ChatError(401, "this log-in has ended")
         new = yield from first(ADD_ROOM, room_id, name or room_id, kind, me, self.now)
         if not new and kind != "direct":
             raise ChatError(409, "this room_id is, or was, another room's")
@@ -839,21 +867,22 @@ class Transaction:
         self.admit(me, room_id, "owner")
         yield SET_ROOM, [(room_id, name, self.rooms[room_id]["kind"])]
         self.add(room_id, "room", me, name=name)
-        return (yield from self.show_room(me, room_id))
+        return (yield from self.get_room(me, room_id))
 
     def delete_room(self, me: str, room_id: str) -> Operation[None]:
         """Deletes a room; its events go by and by, its id stays taken."""
         self.admit(me, room_id, "owner")
         yield SET_ROOM, [(room_id, "", "deleted")]
+        del self.rooms[room_id]
         self.notes.append(("gone", room_id, None))
 
     def mark_read(self, me: str, room_id: str, seq: int) -> Operation[None]:
         """Moves the caller's read marker forward, to the head at most."""
         self.admit(me, room_id, "member")
         seq = min(seq, self.rooms[room_id]["seq"])
-        yield SET_READ, [(room_id, me, seq)]
-        read = {"type": "read", "room_id": room_id, "username": me, "seq": seq}
-        self.notes.append(("tell", room_id, read))
+        if (yield from first(SET_READ, room_id, me, seq)):
+            read = {"type": "read", "room_id": room_id, "username": me, "seq": seq}
+            self.notes.append(("tell", room_id, read))
 
     def register(self, username: str, email: str, password: str) -> Operation[Any]:
         """Adds an account; the first, while the Lobby is untouched, becomes its owner."""
@@ -861,20 +890,30 @@ class Transaction:
             raise ChatError(409, "this name or e-mail address is taken")
         if "1" in self.rooms and not self.rooms["1"]["seq"]:
             yield from self.set_role(username, "1", username, "owner")
-        return (yield from self.get_user(username))
+        return (yield from self.get_me(username))
 
-    def set_password(self, me: str, password: str = "", void: int = 1) -> Operation[None]:
+    def set_password(
+        self, me: str, password: str = "", before: str = "", void: int = 1
+    ) -> Operation[None]:
         """Voids every token of a user; with a new password's hash, or with the old one."""
-        if not (user := (yield from first(GET_USER, me))):
-            raise ChatError(404, "there is no such user")
+        user = yield from first(GET_USER + self.row_lock, me)
+        if not user or (before and user["password"] != before):
+            raise ChatError(404, "there is no such user, or the password has been changed")
         values = (user["username"], password or user["password"], user["email"], void)
-        version = (yield from first(SET_USER, *values))["version"]
-        self.notes.append(("end", user["username"], version))
+        self.end((yield from first(SET_USER, *values)))
+
+    def logout(self, me: str) -> Operation[None]:
+        """Voids every token of the caller."""
+        yield from self.set_password(me)
+
+    def end(self, user: Row) -> None:
+        """Ends all log-ins of a user before this version."""
+        self.versions[user["username"]] = user["version"]
+        self.notes.append(("end", user["username"], user["version"]))
 
     def delete_user(self, me: str) -> Operation[None]:
         """Empties an account and leaves its rooms; the last owner's next in rank inherits."""
-        ended = yield from first(SET_USER, me, None, None, 1)
-        self.notes.append(("end", me, ended["version"]))
+        self.end((yield from first(SET_USER, me, None, None, 1)))
         for room_id, role in [(row["room_id"], row["role"]) for row in (yield LIST_ROLES, [(me,)])]:
             if room_id in self.rooms:
                 heir = yield from first(GET_HEIR, room_id, me)
@@ -885,13 +924,14 @@ class Transaction:
     def erase(self, me: str, room_id: str, seqs: Sequence[int]) -> Operation[None]:
         """Deletes messages of an account that is about to go, in whatever rooms they are."""
         yield SET_MESSAGE, [(room_id, seq, None, None, None) for seq in seqs]
-        for seq in seqs:
+        for seq in seqs if room_id in self.rooms else ():
             self.add(room_id, "delete", me, target=seq)
 
     def expire(self, room_id: str, kind: str, floor: int) -> Operation[None]:
         """Raises a room's floor; below it only client_ids stay, to know a retry for ever."""
-        for sql, values in ((SET_FLOOR, ()), (EXPIRE, (kind,)), (BLANK, ())):
-            yield sql, [(room_id, floor, *values)]
+        for sql in (SET_FLOOR, BLANK, EXPIRE_MARKS):
+            yield sql, [(room_id, floor)]
+        yield EXPIRE, [(room_id, floor, kind)]
 
     def list_users(
         self, me: str, after: str = "", prefix: str = "", limit: int = 50
@@ -899,11 +939,16 @@ class Transaction:
         """Lists users by name."""
         return [show_user(row) for row in (yield LIST_USERS, [(after, prefix, limit)])]
 
-    def get_user(self, me: str, username: str = "") -> Operation[Any]:
-        """Returns a user; the e-mail address only to oneself, at /users/me."""
-        if not (row := (yield from first(GET_USER, username or me))):
+    def get_user(self, me: str, username: str) -> Operation[Any]:
+        """Returns a user."""
+        if not (row := (yield from first(GET_USER, username))):
             raise ChatError(404, "there is no such user")
-        return show_user(row) | ({} if username else {"email": row["email"]})
+        return show_user(row)
+
+    def get_me(self, me: str) -> Operation[Any]:
+        """Returns the caller, who alone sees the e-mail address."""
+        row = yield from first(GET_USER, me)
+        return show_user(row) | {"email": row["email"]}
 
     def list_rooms(self, me: str) -> Operation[Any]:
         """Lists public rooms and the caller's own."""
@@ -912,8 +957,10 @@ class Transaction:
     def show_room(self, me: str, room_id: str) -> Operation[Any]:
         """Returns a room as the caller sees it; what this transaction adds counts."""
         self.admit(me, room_id)
-        row = yield from first(GET_ROOM, me, room_id)
-        return {name: row[name] for name in ROOM_SHOWN} | {"seq": self.rooms[room_id]["seq"]}
+        if not (row := (yield from first(GET_ROOM, me, room_id))):
+            raise ChatError(404, "there is no such room")
+        now = {"seq": self.rooms[room_id]["seq"], "unread": max(row["unread"], 0)}
+        return {name: row[name] for name in ROOM_SHOWN} | now
 
     def get_room(self, me: str, room_id: str) -> Operation[Any]:
         """Returns a room with its members, the banned only to moderators."""
@@ -1002,6 +1049,12 @@ class Login(NamedTuple):
     expires: float
 
 
+def cut(transport: asyncio.Transport) -> None:
+    """Ends a connection whatever waits for it, if it has not ended already."""
+    if transport.get_extra_info("socket").fileno() >= 0:
+        transport.abort()
+
+
 class Socket:
     """One connection to a room; live once it has seen all that is published."""
 
@@ -1009,6 +1062,7 @@ class Socket:
         # Small kernel buffers make a stalled reader show soon.
         transport.get_extra_info("socket").setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 65536)
         self.transport, self.room, self.closed, self.typed = transport, room, False, 0.0
+        self.told = set[str]()  # who was online when it entered
         self.heard = self.pinged = time.monotonic()
         self.entered, self.removed = UNLIMITED, 0  # the seqs that let it in and that put it out
         self.loop = asyncio.get_running_loop()
@@ -1023,8 +1077,11 @@ class Socket:
         self.expiry = self.loop.call_later(left, self.close, 4401, "the token has expired")
 
     def send(self, *items: Row) -> None:
-        """Writes frames, but none after the close frame."""
-        if not self.closed:
+        """Writes frames, but none after the close frame; a replay may be further behind."""
+        most = WAITING if self in self.room.live else 8 * WAITING
+        if self.transport.get_write_buffer_size() > most:
+            self.close(4408, "too slow: resume from the last number that you saw")
+        elif not self.closed:
             self.transport.write(to_frames(items))
 
     def close(self, code: int, reason: str) -> None:
@@ -1035,9 +1092,9 @@ class Socket:
             payload = code.to_bytes(2, "big") + reason.encode()[:120]
             self.transport.write(to_frame(payload, WSMsgType.CLOSE))
             if code == 1001:  # aiohttp reads no farewell while it shuts down
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, NotImplementedError):  # gone already; TLS
                     self.transport.write_eof()
-            self.loop.call_later(0.5 if code == 4408 else 2, self.transport.abort)
+            self.loop.call_later(0.5 if code == 4408 else 2, cut, self.transport)
 
 
 class Room:
@@ -1106,12 +1163,12 @@ class Hub:
     async def catch_up(self, room: Room) -> None:
         """Delivers a room's log up to its head; meanwhile others may do so as well."""
         while room.sockets and room.cursor < room.head:
-            try:
+            page: list[Any] = []
+            with contextlib.suppress(ChatError):
                 values = (room.room_id, room.cursor, UNLIMITED, 1000)
                 page = await self.db.run(READ, each(LIST_EVENTS, [values]))
-            except ChatError:
+            if not page:
                 await asyncio.sleep(0.5)
-                continue
             page = [event for event in page if event["seq"] > room.cursor]
             if is_whole(page, room.cursor):
                 self.deliver(room, page)
@@ -1169,11 +1226,21 @@ class Hub:
                 await asyncio.sleep(0.01)
         if not socket.closed:
             room.live.add(socket)
+            self.tell_presence([socket], room, socket.told)
+
+    def tell_presence(self, some: Iterable[Socket], room: Room, before: set[str]) -> None:
+        """Tells sockets who came and went, unless too many are online."""
+        online, common = self.online(room.room_id), {"type": "presence", "room_id": room.room_id}
+        if len(online) <= QUIET_ABOVE:
+            for socket in list(some):
+                changed = sorted((online ^ before) - {socket.login.username})
+                news = ({"username": name, "online": name in online} for name in changed)
+                socket.send(*(common | one for one in news))
 
     def whisper(self, room_id: str, *items: dict[str, Any]) -> None:
         """Sends what is never stored to everybody in a small room but whom it is about."""
         if room_id in self.rooms and len(self.online(room_id)) <= QUIET_ABOVE:
-            for socket in self.rooms[room_id].live:
+            for socket in list(self.rooms[room_id].live):
                 socket.send(*(one for one in items if one["username"] != socket.login.username))
 
     def here(self, room_id: str) -> set[str]:
@@ -1189,13 +1256,12 @@ class Hub:
     def announce(self, *, again: bool) -> None:
         """Tells who came and went since the last time, here and, all of it again, elsewhere."""
         for room_id, room in self.rooms.items():
-            online, common = self.online(room_id), {"type": "presence", "room_id": room_id}
+            online = self.online(room_id)
             if again or online != room.announced:
                 self.notes.append(("online", room_id, sorted(self.here(room_id))[:NAMES]))
-            if len(online) <= QUIET_ABOVE and online != room.announced:
-                changed, room.announced = sorted(online ^ room.announced), online
-                news = ({"username": name, "online": name in online} for name in changed)
-                self.whisper(room_id, *(common | one for one in news))
+            if online != room.announced:
+                self.tell_presence(room.live, room, room.announced)
+                room.announced = online
 
     def hear(self, kind: str, name: str, more: Any = None, process: str = "") -> None:
         """Does what a commit has made necessary, or another process tells."""
@@ -1216,7 +1282,7 @@ class Hub:
         now = time.monotonic()
         for socket in itertools.chain.from_iterable(self.users.values()):
             if now - socket.heard > SILENCE:
-                socket.transport.abort()
+                cut(socket.transport)
             elif now - socket.pinged > PING and not socket.closed:
                 socket.pinged = now
                 socket.transport.write(to_frame(b"", WSMsgType.PING))
@@ -1239,7 +1305,9 @@ def keep_secret(path: str) -> str:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w") as file:
             file.write(secrets.token_hex(32))
-    return Path(path).read_text("utf-8").strip()
+    if len(secret := Path(path).read_bytes().strip()) < 32:
+        raise SystemExit(f"chatserver: secret_key: {path} has less than 32 bytes")
+    return secret.decode()
 
 
 class Chat(Hub):
@@ -1299,11 +1367,14 @@ class Chat(Hub):
         self.queue.append(command)
         self.wake.set()
 
-    async def change(self, name: str, /, *rooms: str, **fields: Any) -> Any:
+    async def change(
+        self, name: str, /, *rooms: str, version: int | None = None, **fields: Any
+    ) -> Any:
         """Returns what an operation returns, once that is durable and published."""
         future = asyncio.get_running_loop().create_future()
         reply = partial(asyncio.Future.set_result, future)
-        self.submit(Command(name, fields, lambda one: future.done() or reply(one), rooms))
+        command = Command(name, fields, version, lambda one: future.done() or reply(one), rooms)
+        self.submit(command)
         if isinstance(outcome := await future, ChatError):
             raise outcome
         return outcome
@@ -1324,7 +1395,10 @@ class Chat(Hub):
                 del self.queue[: len(batch)]
                 self.news.set()
                 for command, outcome in zip(batch, outcomes, strict=True):
-                    command.reply(outcome)
+                    try:
+                        command.reply(outcome)
+                    except Exception:  # one that cannot be told harms no other
+                        LOGGER.exception("an answer failed")
 
     async def commit(self, batch: Sequence[Command]) -> Sequence[Any]:
         """Stores a batch and publishes it; whom it shuts out is shut out before the answer."""
@@ -1423,7 +1497,8 @@ class Chat(Hub):
             raise refusal
         if not stored.startswith(f"{SCRYPT}$"):
             hashed = await self.hash(hash_password, password)
-            await self.change("set_password", me=user["username"], password=hashed, void=0)
+            fields = {"me": user["username"], "password": hashed, "before": stored, "void": 0}
+            await self.change("set_password", **fields)
         return user  # type: ignore[no-any-return]
 
     async def authenticate(self, token: object) -> Login:
@@ -1555,27 +1630,31 @@ class Http(Chat):
         """Returns the handler of an operation for those who are logged in."""
 
         async def handler(request: web.Request) -> web.StreamResponse:
-            me, path = (await self.identify(request)).username, locate(request)
+            login, path = await self.identify(request), locate(request)
             if method == "GET":
-                fields = self.bind(name, query(request) | path, me, spelled=True)
+                fields = self.bind(name, query(request) | path, login.username, spelled=True)
+                outcome = await self.look(name, **fields)
+                if fields.get("wait") and not outcome["events"]:
+                    outcome = await self.wait_for(request, fields)
             else:  # to delete is to set to nothing
                 data = {**await self.body(request), **path} if method != "DELETE" else path
-                fields = self.bind(name, data, me, unset=method == "DELETE")
-            outcome = await (self.look if method == "GET" else self.change)(name, **fields)
-            if fields.get("wait") and not outcome["events"]:
-                await self.wait_for(fields["room_id"], fields["wait"])
-                await self.identify(request)  # the log-in may have ended meanwhile
-                outcome = await self.look(name, **fields)
+                fields = self.bind(name, data, login.username, unset=method == "DELETE")
+                outcome = await self.change(name, version=login.version, **fields)
             status, outcome = outcome if isinstance(outcome, tuple) else (200, outcome)
             return answer(self.mark_online(outcome), status)
 
         return handler
 
-    async def wait_for(self, room_id: str, seconds: int) -> None:
-        """Waits for the next event of a room, for some seconds."""
-        more = self.waiting.setdefault(room_id, asyncio.Event())
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(more.wait(), min(seconds, 30))
+    async def wait_for(self, request: web.Request, fields: dict[str, Any]) -> Any:
+        """Returns a room's next events, or none after `wait` seconds."""
+        more = self.waiting.setdefault(fields["room_id"], asyncio.Event())
+        outcome = await self.look("list_events", **fields)
+        if not outcome["events"]:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(more.wait(), min(fields["wait"], 30))
+            await self.identify(request)  # the log-in may have ended meanwhile
+            outcome = await self.look("list_events", **fields)
+        return outcome
 
     def mark_online(self, outcome: Any) -> Any:
         """Fills in who is online, in this room or in any, which no operation knows."""
@@ -1603,7 +1682,8 @@ class Http(Chat):
         data = await self.body(request, form="application/x-www-form-urlencoded")
         if data.get("grant_type", "password") != "password":
             raise ChatError(400, "grant_type should be password", "unsupported_grant_type")
-        account = check({"account": data.get("username")}, "account").lower()
+        given = {"username or email": data.get("username")}
+        account = check(given, "username or email").lower()
         refusal = ChatError(400, "wrong name or password", "invalid_grant")
         password = check_password(data, "password")
         user = await self.verify(account, password, self.address(request), refusal)
@@ -1633,6 +1713,7 @@ class Http(Chat):
         me, data = await self.confirm(request)
         if not isinstance(data.get("erase", False), bool):
             raise ChatError(400, "erase: should be true or false")
+        await self.change("set_password", me=me)  # so that nothing is added meanwhile
         while data.get("erase") and (texts := await self.db.run(READ, each(LIST_TEXTS, [(me,)]))):
             for room_id, group in itertools.groupby(texts, key=lambda row: str(row["room_id"])):
                 seqs = [row["seq"] for row in group]
@@ -1742,8 +1823,11 @@ class ChatServer(Http):
             await ws.close(code=error.close_code, message=str(error).encode()[:120])
         finally:
             self.connected[address] -= 1
-            if ws.prepared and request.transport:
-                request.transport.close()
+            if not self.connected[address]:
+                del self.connected[address]
+            if ws.prepared and (transport := request.transport):
+                transport.close()  # which waits for what is unsent, but not for ever
+                asyncio.get_running_loop().call_later(2, cut, transport)
         return ws
 
     def check_share(self, username: str) -> None:
@@ -1757,7 +1841,7 @@ class ChatServer(Http):
         asked = query(request)
         await self.look("show_room", me=login.username, **locate(request))
         start = {name: check(asked, name, None, spelled=True) for name in ("after", "last")}
-        return start | {"epoch": asked.get("epoch", self.epoch)}
+        return start | {"epoch": asked.get("epoch", "") if "after" in asked else ""}
 
     async def first_frame(self, ws: web.WebSocketResponse) -> Login:
         """Waits 10 s for {"type": "auth", "token"}, as browsers must log in."""
@@ -1810,14 +1894,15 @@ class ChatServer(Http):
         self.notice(room.room_id, seq)
         where = {"room_id": room.room_id, "seq": seq, "epoch": self.epoch}
         hello = {"type": "hello", "username": me, "role": role}
-        socket.send({**hello, **where, "online": sorted(room.announced | {me})})
+        socket.told = self.online(room.room_id)
+        socket.send({**hello, **where, "online": sorted(socket.told)})
         after = seq if start["after"] is None else start["after"]
         if start["after"] is None and start["last"]:
             last = min(start["last"], self.config.history_limit or UNLIMITED)
             values = (room.room_id, floor, seq + 1, last)
             newest = await self.db.run(READ, each(NEWEST, [values]))
             after = newest[-1]["seq"] - 1 if newest else seq
-        if not floor <= after <= seq or start["epoch"] != self.epoch:
+        if not floor <= after <= seq or start["epoch"] not in ("", self.epoch):
             socket.send({"type": "reset", "floor": floor, **where})
             after = seq
         return int(after)
@@ -1871,7 +1956,7 @@ class ChatServer(Http):
                 given.pop("message", None)
             fields = self.bind(FRAMES[kind], given, me, unset=kind == "delete")
             reply = partial(self.settle, socket, data)
-            self.submit(Command(FRAMES[kind], fields, reply))
+            self.submit(Command(FRAMES[kind], fields, socket.login.version, reply))
         else:
             raise ChatError(400, f"type: should be {', '.join(FRAMES)}, typing or auth")
 
@@ -1889,9 +1974,8 @@ class ChatServer(Http):
         if isinstance(outcome, ChatError):
             body = {"type": "error", **outcome.body}
             for name in ("client_id", "target"):
-                value = data.get(name)
-                if type(value) is int or re.fullmatch("[ -~]{1,64}", str(value or "")):
-                    body[name] = value
+                with contextlib.suppress(ChatError):
+                    body[name] = check(data, name)
             socket.send(body)
             self.counts[outcome.body["error"]] += 1
         elif isinstance(outcome, tuple) and outcome[0] == 200:
@@ -1911,10 +1995,10 @@ HEADERS = {
 ROUTES = """
 POST   /auth/register                       register
 POST   /auth/token                          token
-POST   /auth/logout                         set_password
+POST   /auth/logout                         logout
 POST   /auth/password                       change_password
 GET    /users                               list_users
-GET    /users/me                            get_user
+GET    /users/me                            get_me
 DELETE /users/me                            delete_me
 GET    /users/{username}                    get_user
 GET    /rooms                               list_rooms
@@ -2061,16 +2145,16 @@ async def serve(config: Config, listener: sockets.socket) -> None:
     stopped, parent = asyncio.Event(), os.getppid()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    runner = web.AppRunner(
-        create_app(config), access_log=None, keepalive_timeout=20, shutdown_timeout=1
-    )
+    limits: Any = {"keepalive_timeout": 20, "shutdown_timeout": 1, "lingering_time": 1}
+    runner = web.AppRunner(create_app(config), access_log=None, **limits)
     try:
         await runner.setup()
         # A small number here means few accepted at a time, so that processes share them fairly.
         await web.SockSite(runner, listener, backlog=8).start()
         listener.listen(1024)
-        host, port = listener.getsockname()[:2]
+        host = config.host or "0.0.0.0"  # noqa: S104  # every address is usually written so
         host = f"[{host}]" if ":" in host else host
+        port = listener.getsockname()[1]
         print(f"chatserver listening on http://{host}:{port}", flush=True)
         while not stopped.is_set() and (config.workers == 1 or os.getppid() == parent):
             with contextlib.suppress(TimeoutError):
@@ -2105,11 +2189,12 @@ def main() -> None:
     os.umask(0o077)  # the database is for nobody else to read
     words = sys.argv[1:]
     command = words[0] if words[:1] in (["backup"], ["set-password"]) and words[1:] else ""
+    if words in (["-h"], ["--help"]):
+        print("python chatserver.py [backup FILE | set-password NAME] [--SETTING VALUE ...]")
+        return
     config = load_config(words[2:] if command else words)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    with contextlib.suppress(
-        ImportError, ValueError
-    ):  # each socket takes one; Windows has no limit
+    with contextlib.suppress(ImportError, ValueError):  # a descriptor a socket; not on Windows
         resource = importlib.import_module("resource")
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -2119,12 +2204,15 @@ def main() -> None:
     elif command:
         asyncio.run(reset_password(config, words[1]))
     else:
-        family = sockets.AF_INET6 if ":" in config.host else sockets.AF_INET
+        both = config.host == "" and sockets.has_dualstack_ipv6()
+        family = sockets.AF_INET6 if both or ":" in config.host else sockets.AF_INET
+        address = config.host, config.port
         try:
-            listener = sockets.create_server((config.host, config.port), family=family)
+            listener = sockets.create_server(address, family=family, dualstack_ipv6=both)
         except OSError as error:
             place = f"{config.host}:{config.port}"
-            raise SystemExit(f"chatserver: port: {place}: {error.strerror}") from None
+            name = "host" if isinstance(error, sockets.gaierror) else "port"
+            raise SystemExit(f"chatserver: {name}: {place}: {error.strerror}") from None
         with listener:
             if config.workers > 1:
                 supervise(config, listener)

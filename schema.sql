@@ -55,7 +55,10 @@ CREATE TABLE IF NOT EXISTS events (         -- the log, the history and the queu
 
 CREATE UNIQUE INDEX IF NOT EXISTS events_by_client ON events (room_id, username, client_id) WHERE client_id IS NOT NULL;
 
-CREATE INDEX IF NOT EXISTS events_unread ON events (room_id, seq, username) WHERE message IS NOT NULL;
+-- What the count of unread messages leaves out: one's own, and events that are no message (or no more).
+CREATE INDEX IF NOT EXISTS events_by_user ON events (room_id, username, seq) WHERE message IS NOT NULL;
+
+CREATE INDEX IF NOT EXISTS events_silent ON events (room_id, seq) WHERE message IS NULL;
 
 INSERT INTO rooms (room_id, name, kind, seq, floor, created_by, created_at)
 VALUES ('1', 'Lobby', 'public', 0, 0, NULL, 0) ON CONFLICT (room_id) DO NOTHING;

@@ -1,0 +1,256 @@
+"""What happens at once, meanwhile, or with what no honest client would send."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import PASSWORD, Server, User, Wire, run, unique, until
+from tests.test_settings import one_line
+
+
+async def fill(user: User, room: str) -> None:
+    """Write more into a room than a stalled reader's buffers hold."""
+    await asyncio.gather(*(user.say(room, "x" * 4000) for _ in range(200)))
+
+
+# --- Fields that a route does not have
+
+
+@pytest.mark.parametrize(
+    "body", [{"void": 0}, {"password": "x"}, {"password": "x", "before": "y", "me": "alice"}]
+)
+async def test_a_logout_takes_nothing_from_its_body(
+    server: Server, body: dict[str, object]
+) -> None:
+    """Whatever its body says, a logout voids every token and leaves the password alone."""
+    alice = await server.user(fresh=True)
+    (await alice.post("/auth/logout", json=body)).ok(204)
+    (await alice.get("/users/me")).refused(401)
+    (await server.login(alice.username)).ok()
+
+
+async def test_ones_own_account_is_nobody_elses(server: Server) -> None:
+    """No query makes /users/me show another one than the caller."""
+    alice, bob = await server.users("alice", "bob")
+    me = (await alice.get(f"/users/me?username={bob.username}")).ok()
+    assert (me["username"], me["email"]) == (alice.username, alice.email)
+
+
+async def test_nobody_is_called_me(server: Server) -> None:
+    """A name that /users/me would hide is not given."""
+    form = {"username": "Me", "email": f"{unique('me')}@example.org", "password": PASSWORD}
+    (await server.post("/auth/register", json=form)).refused(400, "bad_request")
+
+
+async def test_an_email_is_compared_without_case_in_every_script(server: Server) -> None:
+    """Who registered with an e-mail in capitals beyond ASCII logs in with it in any case."""
+    name = unique("zoe")
+    form = {"username": name, "email": f"ÄÉ.{name}@Example.org", "password": PASSWORD}
+    (await server.post("/auth/register", json=form)).ok(201)
+    (await server.login(form["email"])).ok()
+    (await server.login(form["email"].lower())).ok()
+    again = form | {"username": unique("zoe"), "email": form["email"].lower()}
+    (await server.post("/auth/register", json=again)).refused(409, "conflict")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [["\ud800"], {"a": 1}, 1.5, 10**4200, -1, "\ud800", True],
+    ids=lambda target: ascii(target)[:9],
+)
+async def test_a_target_that_is_none_is_refused_and_hurts_nobody(
+    server: Server, target: object
+) -> None:
+    """A refused frame with a senseless target is answered without it, and all else goes on."""
+    alice = await server.user()
+    room = await alice.room()
+    async with alice.chat(room) as chat:
+        first = await chat.deliver("one", client_id="twice")
+        await chat.send({"message": "two", "client_id": "twice", "target": target})
+        refusal = await chat.refusal("conflict")
+        assert refusal["client_id"] == "twice"
+        assert "target" not in refusal
+        await chat.send({"type": "edit", "target": target, "message": "x"})
+        assert "target" not in await chat.refusal("bad_request")
+        assert (await chat.deliver("three"))["seq"] == first["seq"] + 1
+
+
+# --- Marks and presence
+
+
+async def test_a_read_mark_is_never_told_backwards(server: Server) -> None:
+    """Others do not hear of a mark that did not move."""
+    alice, bob = await server.users("alice", "bob")
+    room = await alice.room(bob)
+    async with alice.chat(room) as hers, bob.chat(room) as his:
+        last = (await his.deliver("hello"))["seq"]
+        for seq in (last, last - 1, last):
+            await his.send({"type": "read", "seq": seq})
+        await his.deliver("read")
+        await hers.event("message", message="read")
+    marks = [frame["seq"] for frame in hers.frames if frame["type"] == "read"]
+    assert marks == [last]
+
+
+async def test_hello_names_everybody_who_is_here(server: Server) -> None:
+    """Who comes right after others is told of them at once."""
+    alice, bob, carol = await server.users("alice", "bob", "carol")
+    room = await alice.room(bob, carol)
+    async with alice.chat(room), bob.chat(room), carol.chat(room) as chat:
+        assert chat.hello["online"] == sorted(user.username for user in (alice, bob, carol))
+
+
+async def test_who_comes_during_a_replay_is_told_after_it(server: Server) -> None:
+    """A socket that is still being sent the log hears at its end who came meanwhile."""
+    alice, bob, carol = await server.users("alice", "bob", "carol")
+    room = await alice.room(bob, carol)
+    await fill(alice, room)
+    wire = Wire(alice, f"{room}?after=0", buffer=4096)
+
+    def told() -> bool:
+        """Read until bob's presence comes."""
+        data = b""
+        while b'"presence"' not in data or bob.username.encode() not in data[-1000:]:
+            data = data[-1000:] + wire.socket.recv(1 << 16)
+        return True
+
+    try:
+        async with carol.chat(room) as hers, bob.chat(room):
+            await hers.event("presence", username=bob.username, online=True)
+            assert await asyncio.to_thread(told)
+    finally:
+        wire.close()
+
+
+# --- What was begun before an end
+
+
+async def held_back(began: asyncio.Event, go: asyncio.Event) -> AsyncIterator[bytes]:
+    """Send the first half of a message, and the second when told to."""
+    yield b'{"message": '
+    began.set()
+    await go.wait()
+    yield b'"too late"}'
+
+
+@pytest.mark.parametrize("end", ["logout", "deletion"])
+async def test_what_was_begun_before_a_login_ended_is_refused(server: Server, end: str) -> None:
+    """A request whose body comes after its login has ended changes nothing."""
+    alice, bob = await server.users("alice", "bob", fresh=True)
+    room, began, go = await alice.room(bob), asyncio.Event(), asyncio.Event()
+    headers = {"Content-Type": "application/json"}
+    post = bob.post(f"/rooms/{room}/messages", data=held_back(began, go), headers=headers)
+    posting = asyncio.create_task(post)
+    await began.wait()
+    if end == "logout":
+        (await bob.post("/auth/logout")).ok(204)
+    else:
+        (await bob.delete("/users/me", json={"password": PASSWORD})).ok(204)
+    before = await alice.events(room)
+    go.set()
+    (await posting).refused(401, "unauthorized")
+    assert await alice.events(room) == before
+
+
+async def test_nothing_brings_a_deleted_room_back(server: Server) -> None:
+    """Whatever reaches a room at the moment of its deletion, it is gone afterwards."""
+    alice, bob = await server.users("alice", "bob")
+    for _ in range(10):
+        room = await alice.room(bob)
+        answers = await asyncio.gather(
+            alice.delete(f"/rooms/{room}"),
+            alice.patch(f"/rooms/{room}", json={"name": "Back again"}),
+            bob.post(f"/rooms/{room}/messages", json={"message": "hello?"}),
+            *(alice.get(f"/rooms/{room}") for _ in range(5)),
+        )
+        assert answers[0].status == 204
+        assert {answer.status for answer in answers} <= {200, 201, 204, 404}
+        (await alice.get(f"/rooms/{room}")).refused(404, "not_found")
+
+
+async def test_an_account_erases_its_texts_beside_the_end_of_their_room(server: Server) -> None:
+    """An account is deleted with its texts though one of its rooms goes at the same time."""
+    alice, bob = await server.users("alice", "bob", fresh=True)
+    rooms = [await alice.room(bob) for _ in range(4)]
+    for room in rooms:
+        async with bob.chat(room) as chat:
+            for number in range(300):
+                await chat.say(f"text {number}")
+            await chat.deliver("the end")
+    leaving = bob.delete("/users/me", json={"password": PASSWORD, "erase": True})
+    leave = asyncio.create_task(leaving)
+    for room in rooms[1:]:
+        await asyncio.sleep(0.1)
+        (await alice.delete(f"/rooms/{room}")).ok(204)
+    (await leave).ok(204)
+    assert all("message" not in event for event in await alice.events(rooms[0]))
+
+
+async def test_who_says_good_bye_without_reading_is_let_go(server: Server) -> None:
+    """A socket that closes but does not read what is left for it is freed after 2 seconds."""
+    alice = await server.user()
+    room = await alice.room()
+    await fill(alice, room)
+    wire = Wire(alice, f"{room}?after=0", buffer=4096)
+    try:
+        await asyncio.sleep(0.3)
+        wire.socket.sendall(bytes((0x88, 0x82, 0, 0, 0, 0)) + (1000).to_bytes(2, "big"))
+        held = server.process.popen.pid
+        await until(lambda: not wire.held_by(held), "the descriptor to be freed", 10)
+    finally:
+        wire.close()
+
+
+async def test_a_conflict_is_judged_by_what_the_same_moment_has_changed(server: Server) -> None:
+    """A retry beside the edit of its message is acknowledged or in conflict, never a second one."""
+    alice = await server.user()
+    room = await alice.room()
+    for number in range(10):
+        body = {"message": "first", "client_id": f"c{number}"}
+        seq = (await alice.post(f"/rooms/{room}/messages", json=body)).ok(201)["seq"]
+        path = f"/rooms/{room}/messages"
+        edit, retry = await asyncio.gather(
+            alice.patch(f"{path}/{seq}", json={"message": "second"}),
+            alice.post(path, json=body | {"message": "third"}),
+        )
+        assert edit.status == 200
+        assert retry.status == 409 or retry.ok()["seq"] == seq
+        assert (await alice.post(path, json=body)).ok()["seq"] == seq
+
+
+# --- The start
+
+
+@pytest.mark.parametrize("content", ["", "short"])
+def test_a_damaged_secret_is_told(tmp_path: Path, content: str) -> None:
+    """A secret beside the database that is too short to sign with stops the start."""
+    (tmp_path / "chat.db.secret").write_text(content)
+    assert "chat.db.secret" in one_line(tmp_path, "--port", "0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["registration", "closed"], "registration"),
+        (["--password_min_length", "3"], "password_min_length"),
+        (["--workers="], "workers"),
+        (["--docs-assets", "nowhere"], "docs_assets"),
+        (["--host", "no.such.host.invalid"], "host"),
+        (["--secret-key", "x" * 31], "secret_key"),
+    ],
+)
+def test_arguments_are_taken_by_the_letter(
+    tmp_path: Path, arguments: list[str], named: str
+) -> None:
+    """What is no setting as it should be written, or points nowhere, stops the start."""
+    assert named in one_line(tmp_path, *arguments)
+
+
+def test_help_is_one_line(tmp_path: Path) -> None:
+    """Who asks for help is told what can be given."""
+    code, output, _ = run(tmp_path, "--help")
+    assert code == 0
+    assert "set-password" in output
+    assert not list(tmp_path.iterdir())
