@@ -22,6 +22,7 @@ import asyncio
 import base64
 import configparser
 import contextlib
+import gc
 import getpass
 import hashlib
 import hmac
@@ -377,7 +378,6 @@ class SQLite:
         """Opens a connection for any thread."""
         path = self.path + suffix
         connection = sqlite3.connect(path, 0, isolation_level=None, check_same_thread=False)
-        connection.row_factory = sqlite3.Row
         self.opened.insert(0, connection)
         for pragma in pragmas:
             connection.execute(f"PRAGMA {pragma}")
@@ -413,8 +413,11 @@ class SQLite:
             connection.execute(begin)
             sql, many = next(operation)
             while True:
-                bound = (dict(zip(NUMBERS, values, strict=False)) for values in many)
-                rows = [row for values in bound for row in connection.execute(sql, values)]
+                rows = []
+                for values in many:
+                    cursor = connection.execute(sql, dict(zip(NUMBERS, values, strict=False)))
+                    names = [column[0] for column in cursor.description or ()]
+                    rows += [dict(zip(names, row, strict=False)) for row in cursor]
                 sql, many = operation.send(rows)
         except StopIteration as stop:
             connection.execute("COMMIT")
@@ -675,8 +678,10 @@ def iso_time(milliseconds: int) -> str:
 
 def describe(row: Row) -> dict[str, Any]:
     """Returns an event as clients see it, from the log or from what is being added to it."""
-    names = ("room_id", "seq", "username", *SHOWN[row["kind"]])
-    event = {"type": row["kind"], **{name: row[name] for name in names}}
+    kind, event = row["kind"], {"type": row["kind"], "room_id": row["room_id"], "seq": row["seq"]}
+    event["username"] = row["username"]
+    for name in SHOWN[kind]:
+        event[name] = row[name]
     if event.get("message", "") is None:
         del event["message"]
         event["deleted"] = True
@@ -1023,7 +1028,7 @@ class Transaction:
 NAMES = 200  # names of who is online in one note, which has less than 8000 bytes
 QUIET_ABOVE = 100  # users online: with more, presence, typing and read markers are not told
 WAITING = 2**20  # bytes that may wait for a slow reader
-PAGE = 200  # events in one step of a replay
+PAGE = 500  # events in one step of a replay
 PING, SILENCE = 25, 40  # seconds
 
 
@@ -1466,7 +1471,7 @@ class Chat(Hub):
             cutoff = int((time.time() - days * 86400) * 1000) if days else 0
             with contextlib.suppress(ChatError):
                 for row in await self.db.run(READ, each(LIST_EXPIRED, [(cutoff,)])):
-                    room_id, kind, floor, goal = map(row.__getitem__, range(4))
+                    room_id, kind, floor, goal = row.values()
                     for step in (*range(floor + 500, goal, 500), goal):
                         await self.change("expire", room_id=room_id, kind=kind, floor=step)
             if isinstance(self.db, SQLite):
@@ -2143,6 +2148,7 @@ async def reset_password(config: Config, username: str) -> None:
 async def serve(config: Config, listener: sockets.socket) -> None:
     """Runs one process until it is told to stop."""
     stopped, parent = asyncio.Event(), os.getppid()
+    gc.set_threshold(50_000)  # almost nothing here is a cycle, and looking for them takes time
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     limits: Any = {"keepalive_timeout": 20, "shutdown_timeout": 1, "lingering_time": 1}
