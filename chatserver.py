@@ -1327,6 +1327,7 @@ class Chat(Hub):
         self.connected: Counter[str] = Counter()  # sockets by address
         self.strangers: set[web.WebSocketResponse] = set()  # sockets that have not logged in
         self.hashes, self.turns = 0, asyncio.Semaphore(2)
+        self.searches = asyncio.Semaphore(2)  # which leaves connections for what is quick
         self.messages = Limiter(config.messages_per_second, config.message_burst)
         self.frames = Limiter(20, 100)  # whatever else a socket sends; who floods us is cut off
         self.logins = Limiter(config.logins_per_minute / 60, config.logins_per_minute)
@@ -1387,7 +1388,9 @@ class Chat(Hub):
     async def look(self, name: str, /, **fields: Any) -> Any:
         """Returns what an operation finds."""
         work = Transaction(self.config).run([Command(name, fields)])
-        if isinstance(outcome := (await self.db.run(READ, work))[0], ChatError):
+        async with self.searches if name == "search" else contextlib.nullcontext():
+            outcome = (await self.db.run(READ, work))[0]
+        if isinstance(outcome, ChatError):
             raise outcome
         return outcome
 
@@ -1900,7 +1903,7 @@ class ChatServer(Http):
         where = {"room_id": room.room_id, "seq": seq, "epoch": self.epoch}
         hello = {"type": "hello", "username": me, "role": role}
         socket.told = self.online(room.room_id)
-        socket.send({**hello, **where, "online": sorted(socket.told)})
+        socket.send({**hello, **where, "online": sorted(socket.told)[:QUIET_ABOVE]})
         after = seq if start["after"] is None else start["after"]
         if start["after"] is None and start["last"]:
             last = min(start["last"], self.config.history_limit or UNLIMITED)

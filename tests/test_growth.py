@@ -19,7 +19,7 @@ import aiohttp
 import pytest
 
 from tests.conftest import Databases, is_clean
-from tests.helpers import NO_LIMITS, SECRET, Pool, Process, Server, User, Wire
+from tests.helpers import NO_LIMITS, SECRET, Pool, Process, Server, User, Wire, background
 from tests.postgres import execute, run_apart
 
 LARGE = int(os.environ.get("CHAT_GROWTH", "200000"))
@@ -251,3 +251,23 @@ async def test_a_rare_word_is_found(grown: Grown, alice: User, place: str, word:
     total = LARGE + (EACH * ROOMS if place == "everywhere" else 0)
     print(f"{grown.engine}: {word} {place} of {total:,}: {milliseconds:.0f} ms")  # noqa: T201
     assert milliseconds < max(500, total / 250)
+
+
+async def test_searches_hold_nobody_up(grown: Grown, alice: User) -> None:
+    """While more searches run than there are connections, a page of history is as quick as ever."""
+    taken = []
+
+    async def search() -> None:
+        """Search for what is nowhere, again and again."""
+        while True:
+            (await alice.get("/search?q=nowhere-at-all")).ok()
+
+    async with background(*(search() for _ in range(12))):
+        await asyncio.sleep(0.5)
+        for _ in range(15):
+            began = time.perf_counter()
+            (await alice.get("/rooms/small/messages")).ok()
+            taken.append(time.perf_counter() - began)
+    milliseconds = statistics.median(taken) * 1000
+    print(f"{grown.engine}: a page beside 12 searches: {milliseconds:.0f} ms")  # noqa: T201
+    assert milliseconds < 60
