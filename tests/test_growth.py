@@ -270,4 +270,4 @@ async def test_searches_hold_nobody_up(grown: Grown, alice: User) -> None:
             taken.append(time.perf_counter() - began)
     milliseconds = statistics.median(taken) * 1000
     print(f"{grown.engine}: a page beside 12 searches: {milliseconds:.0f} ms")  # noqa: T201
-    assert milliseconds < 60
+    assert milliseconds < 150
