@@ -229,7 +229,6 @@ ANYTHING = (f"{TEXT}*", "text without NUL")
 FIELDS: dict[str, range | tuple[str, str]] = {  # a number's range, or a text's pattern and meaning
     "client_id": ("[ -~]{1,64}", "1 to 64 printable ASCII characters"),
     "email": (r"[^\s@\0\ud800-\udfff]{1,64}@[^\s@\0\ud800-\udfff]{1,189}", "an e-mail address"),
-    "epoch": ANYTHING,
     "kind": ("public|private|direct", "public, private or direct"),
     "limit": range(1, UNLIMITED + 1),
     "message": (rf"(?=.*\S){TEXT}+", "text, not blank, without NUL"),
@@ -566,7 +565,7 @@ EVENT = """SELECT e.room_id, e.seq, e.kind, e.username, e.target, e.member, e.ro
     coalesce(e.message, t.message) AS message, e.created_at, e.edited_at, e.client_id
     FROM events e LEFT JOIN events t ON t.room_id = e.room_id AND t.seq = e.target"""
 # Unread is all that came after the mark, less what is no message and what is one's own: both few.
-ROOM = """SELECT r.room_id, r.name, r.kind, r.seq, m.role, coalesce(m.read_seq, 0) AS read_seq,
+ROOM = """SELECT r.room_id, r.name, r.kind, m.role, r.seq, coalesce(m.read_seq, 0) AS read_seq,
     coalesce(r.seq - m.read_seq
     - (SELECT count(*) FROM events e INDEXED BY events_silent
     WHERE e.room_id = r.room_id AND e.seq > m.read_seq AND e.message IS NULL)
@@ -659,7 +658,6 @@ def first(sql: str, *values: Any) -> Operation[Any]:
 RANKS = {"banned": -1, "visitor": 0, "member": 1, "moderator": 2, "owner": 3}
 COLUMNS = ("room_id", "seq", "kind", "username", "created_at", "target", "member", "role", "name")
 BLANK_EVENT = dict.fromkeys((*COLUMNS, "message", "folded", "client_id", "edited_at"))
-ROOM_SHOWN = ("room_id", "name", "kind", "role", "seq", "read_seq", "unread")
 SHOWN = {  # what an event of a kind has besides room_id, seq, username and times
     "message": ("message",),
     "edit": ("target", "message"),
@@ -957,7 +955,7 @@ class Transaction:
 
     def list_rooms(self, me: str) -> Operation[Any]:
         """Lists public rooms and the caller's own."""
-        return [{name: row[name] for name in ROOM_SHOWN} for row in (yield LIST_ROOMS, [(me,)])]
+        return [dict(row) for row in (yield LIST_ROOMS, [(me,)])]
 
     def show_room(self, me: str, room_id: str) -> Operation[Any]:
         """Returns a room as the caller sees it; what this transaction adds counts."""
@@ -965,7 +963,7 @@ class Transaction:
         if not (row := (yield from first(GET_ROOM, me, room_id))):
             raise ChatError(404, "there is no such room")
         now = {"seq": self.rooms[room_id]["seq"], "unread": max(row["unread"], 0)}
-        return {name: row[name] for name in ROOM_SHOWN} | now
+        return dict(row) | now
 
     def get_room(self, me: str, room_id: str) -> Operation[Any]:
         """Returns a room with its members, the banned only to moderators."""
@@ -1028,6 +1026,7 @@ class Transaction:
 NAMES = 200  # names of who is online in one note, which has less than 8000 bytes
 QUIET_ABOVE = 100  # users online: with more, presence, typing and read markers are not told
 WAITING = 2**20  # bytes that may wait for a slow reader
+TOO_SLOW = 4408, "too slow: resume from the last number that you saw"
 PAGE = 500  # events in one step of a replay
 PING, SILENCE = 25, 40  # seconds
 
@@ -1085,7 +1084,7 @@ class Socket:
         """Writes frames, but none after the close frame; a replay may be further behind."""
         most = WAITING if self in self.room.live else 8 * WAITING
         if self.transport.get_write_buffer_size() > most:
-            self.close(4408, "too slow: resume from the last number that you saw")
+            self.close(*TOO_SLOW)
         elif not self.closed:
             self.transport.write(to_frames(items))
 
@@ -1209,7 +1208,7 @@ class Hub:
                 socket.transport.write(data)
         self.counts["deliveries"] += len(room.live) * len(events)
         self.counts["slow_readers"] += len(slow)
-        shut(slow, 4408, "too slow: resume from the last number that you saw")
+        shut(slow, *TOO_SLOW)
 
     async def replay(self, socket: Socket, cursor: int) -> None:
         """Sends what follows a cursor, at the reader's pace, then in the same step goes live."""
@@ -1774,10 +1773,8 @@ class Http(Chat):
         """Returns figures for Prometheus."""
         if self.config.metrics == "off":
             raise ChatError(404, "metrics are off")
-        sizes: dict[str, float] = {"sockets": self.connected.total(), "rooms": len(self.rooms)}
-        figures = {
-            f"{name} gauge": size for name, size in (sizes | {"queue": len(self.queue)}).items()
-        }
+        figures: dict[str, float] = {"sockets gauge": self.connected.total()}
+        figures |= {"rooms gauge": len(self.rooms), "queue gauge": len(self.queue)}
         figures |= {f"{name}_total counter": self.counts[name] for name in COUNTED}
         lines = []
         for name, value in figures.items():
