@@ -518,6 +518,17 @@ async def test_a_long_poll_ends_with_the_next_event(server: Server) -> None:
     assert page["events"] == [event]
 
 
+async def test_a_long_poll_ends_when_its_room_is_deleted(server: Server) -> None:
+    """Who waits for a room's next event is told at once that there will be none."""
+    alice = await server.user("alice")
+    room = await alice.room()
+    async with background(alice.get(f"/rooms/{room}/events?after=1&wait=30")) as (poll,):
+        await asyncio.wait([poll], timeout=0.3)
+        (await alice.delete(f"/rooms/{room}")).ok(204)
+        async with asyncio.timeout(5):
+            (await poll).refused(404, "not_found")
+
+
 async def test_a_long_poll_ends_in_time(server: Server) -> None:
     """With nothing to tell, the answer comes empty after the wait, and at once without one."""
     alice = await server.user("alice")

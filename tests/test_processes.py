@@ -1009,6 +1009,7 @@ async def test_workers_share_a_port_are_replaced_and_end_together(
         assert await ends(process) == 0
         for ws in chats:
             assert await ws.closed() == 1001
+    assert process.stdout.count("listening") == 1
     with pytest.raises(aiohttp.ClientConnectionError):
         await server.get("/healthz")
 

@@ -429,6 +429,13 @@ def test_workers_need_postgres(tmp_path: Path) -> None:
     assert "sqlite" in line.lower() or "postgres" in line.lower()
 
 
+def test_workers_that_cannot_start_say_so_once(tmp_path: Path) -> None:
+    """Where no database answers, one worker tries and tells it, not each of them."""
+    url = f"postgresql://chat:secret@127.0.0.1:{free_port()}/chat"
+    line = one_line(tmp_path, "--workers", "3", database_url=url, secret_key=SECRET)
+    assert "database_url" in line
+
+
 def test_postgres_needs_a_secret(tmp_path: Path, postgres_url: str) -> None:
     """With Postgres the secret has to be given, for all processes share it."""
     assert "secret_key" in one_line(tmp_path, "--port", "0", database_url=postgres_url).lower()
