@@ -60,13 +60,12 @@ from functools import lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote
 
 import jwt
 from aiohttp import WSMsgType, web
 
-T = TypeVar("T")
 Row = Mapping[str, Any]  # of the database, or the fields of a JSON object
 HERE = Path(__file__).resolve().parent
 LOGGER = logging.getLogger("chatserver")
@@ -343,7 +342,7 @@ class Limiter:
 # thread, never cancelled half-way; asyncpg drives it with awaits. All in which the engines differ
 # is here; what a room or a user is, is not.
 
-Operation = Generator[tuple[str, Sequence[Sequence[Any]]], list[Any], T]
+Operation = Generator[tuple[str, Sequence[Sequence[Any]]], list[Any], Any]
 NUMBERS = tuple(map(str, range(1, 20)))
 READ, WRITE = "BEGIN", "BEGIN IMMEDIATE"
 NOTIFY = "SELECT pg_notify('chatserver', $1)"
@@ -403,7 +402,7 @@ class SQLite:
         for connection in self.opened:
             connection.close()
 
-    def transact(self, begin: str, operation: Operation[T]) -> T:
+    def transact(self, begin: str, operation: Operation) -> Any:
         """Runs an operation and commits; binds $1 by name, as 3.11 misbinds by position."""
         connection, rows = self.idle[begin].get(), list[Any]()
         try:
@@ -420,14 +419,14 @@ class SQLite:
                 sql, many = operation.send(rows)
         except StopIteration as stop:
             connection.execute("COMMIT")
-            return stop.value  # type: ignore[no-any-return]
+            return stop.value
         finally:
             with contextlib.suppress(sqlite3.Error):
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
             self.idle[begin].put(connection)
 
-    async def run(self, begin: str, operation: Operation[T]) -> T:
+    async def run(self, begin: str, operation: Operation) -> Any:
         """Returns what an operation returned: what it read in one snapshot, or what is on disk."""
         loop, threads = asyncio.get_running_loop(), self.threads[begin]
         try:
@@ -505,7 +504,7 @@ class Postgres:
         for connection in filter(None, (self.listener, *self.pools.values())):
             connection.terminate()
 
-    async def drive(self, connection: Any, operation: Operation[T]) -> T:
+    async def drive(self, connection: Any, operation: Operation) -> Any:
         """Runs an operation to its end, each of its steps in one round trip."""
         try:
             sql, many = next(operation)
@@ -517,9 +516,9 @@ class Postgres:
                     rows = await connection.fetchmany(without_hints(sql), many)
                 sql, many = operation.send(rows)
         except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
+            return stop.value
 
-    async def run(self, begin: str, operation: Operation[T]) -> T:
+    async def run(self, begin: str, operation: Operation) -> Any:
         """Returns what an operation returned, once committed; a failed COMMIT may have happened."""
         try:
             async with self.pools[begin].acquire(timeout=5) as connection:
@@ -640,12 +639,12 @@ BLANK = """UPDATE events SET message = NULL, folded = NULL
     WHERE room_id = $1 AND seq <= $2 AND message IS NOT NULL"""
 
 
-def each(sql: str, many: Sequence[Sequence[Any]]) -> Operation[list[Any]]:
+def each(sql: str, many: Sequence[Sequence[Any]]) -> Operation:
     """Is the operation of one statement for many rows of parameters."""
     return (yield sql, many)
 
 
-def first(sql: str, *values: Any) -> Operation[Any]:
+def first(sql: str, *values: Any) -> Operation:
     """Is the operation that returns one statement's first row, or None."""
     return next(iter((yield sql, [values])), None)
 
@@ -733,7 +732,7 @@ class Transaction:
         self.events: list[dict[str, Any]] = []
         self.notes: list[tuple[str, str, Any]] = []
 
-    def run(self, commands: Sequence[Command]) -> Operation[list[Any]]:
+    def run(self, commands: Sequence[Command]) -> Operation:
         """Does commands in order, each with its rooms and roles at hand; returns their outcomes."""
         names = sorted({room_id for one in commands for room_id in one.rooms()})
         locked = yield LOCK_ROOM + self.row_lock, [(name,) for name in names]
@@ -776,7 +775,7 @@ class Transaction:
         self.events.append(event)
         return event
 
-    def set_role(self, me: str, room_id: str, member: str, role: str | None) -> Operation[None]:
+    def set_role(self, me: str, room_id: str, member: str, role: str | None) -> Operation:
         """Makes a membership what it shall be."""
         self.roles[room_id, member] = role
         seq = self.add(room_id, "member", me, member=member, role=role)["seq"]
@@ -787,7 +786,7 @@ class Transaction:
 
     def post_message(
         self, me: str, room_id: str, message: str, client_id: str | None = None
-    ) -> Operation[Any]:
+    ) -> Operation:
         """Posts a message; 201 and the event or, if it is a retry, 200 and the first event."""
         rank, old = self.admit(me, room_id), None
         if client_id:
@@ -802,7 +801,7 @@ class Transaction:
             self.sent[room_id, me, client_id] = event
         return 200 if old else 201, describe(event)
 
-    def set_message(self, me: str, room_id: str, seq: int, message: str | None) -> Operation[Any]:
+    def set_message(self, me: str, room_id: str, seq: int, message: str | None) -> Operation:
         """Edits one's own message or deletes it, as a moderator may; no other row has its text."""
         rank, old = self.admit(me, room_id), (yield from first(GET_MESSAGE, room_id, seq))
         if not old or old["message"] is None or seq <= self.rooms[room_id]["floor"]:
@@ -818,7 +817,7 @@ class Transaction:
 
     def set_member(
         self, me: str, room_id: str, username: str, role: str | None = "member"
-    ) -> Operation[Any]:
+    ) -> Operation:
         """Sets a role, or none, as far as the caller's own goes; a room with an owner keeps one."""
         mine, found = self.admit(me, room_id), (yield from first(GET_ROLE, room_id, username))
         theirs, rank = found and found["role"], RANKS[role or "visitor"]
@@ -838,7 +837,7 @@ class Transaction:
             yield from self.set_role(me, room_id, username, role)
         return role and {"username": username, "role": role, "online": False}
 
-    def join(self, me: str, room_id: str) -> Operation[Any]:
+    def join(self, me: str, room_id: str) -> Operation:
         """Lets a socket in, a visitor as a member; returns what `hello` tells."""
         if self.admit(me, room_id) == RANKS["visitor"]:
             yield from self.set_role(me, room_id, me, "member")
@@ -846,7 +845,7 @@ class Transaction:
 
     def create_room(
         self, me: str, room_id: str = "", name: str = "", kind: str = "public", username: str = ""
-    ) -> Operation[Any]:
+    ) -> Operation:
         """Makes a room and its owner, or, unless they have it, the one direct room of two users."""
         owners, most = {me: "owner"}, self.config.rooms_per_user or UNLIMITED
         if kind == "direct":
@@ -870,21 +869,21 @@ class Transaction:
         self.roles.setdefault((room_id, me), "member")
         return 201 if new else 200, (yield from self.show_room(me, room_id))
 
-    def rename_room(self, me: str, room_id: str, name: str) -> Operation[Any]:
+    def rename_room(self, me: str, room_id: str, name: str) -> Operation:
         """Renames a room."""
         self.admit(me, room_id, "owner")
         yield SET_ROOM, [(room_id, name, self.rooms[room_id]["kind"])]
         self.add(room_id, "room", me, name=name)
         return (yield from self.get_room(me, room_id))
 
-    def delete_room(self, me: str, room_id: str) -> Operation[None]:
+    def delete_room(self, me: str, room_id: str) -> Operation:
         """Deletes a room; its events go by and by, its id stays taken."""
         self.admit(me, room_id, "owner")
         yield SET_ROOM, [(room_id, "", "deleted")]
         del self.rooms[room_id]
         self.notes.append(("gone", room_id, None))
 
-    def mark_read(self, me: str, room_id: str, seq: int) -> Operation[None]:
+    def mark_read(self, me: str, room_id: str, seq: int) -> Operation:
         """Moves the caller's read marker forward, to the head at most."""
         self.admit(me, room_id, "member")
         seq = min(seq, self.rooms[room_id]["seq"])
@@ -892,7 +891,7 @@ class Transaction:
             read = {"type": "read", "room_id": room_id, "username": me, "seq": seq}
             self.notes.append(("tell", room_id, read))
 
-    def register(self, username: str, email: str, password: str) -> Operation[Any]:
+    def register(self, username: str, email: str, password: str) -> Operation:
         """Adds an account; the first, while the Lobby is untouched, becomes its owner."""
         if not (yield from first(ADD_USER, username, email, password, self.now)):
             raise ChatError(409, "this name or e-mail address is taken")
@@ -902,7 +901,7 @@ class Transaction:
 
     def set_password(
         self, me: str, password: str = "", before: str = "", void: int = 1
-    ) -> Operation[None]:
+    ) -> Operation:
         """Voids every token of a user; with a new password's hash, or with the old one."""
         user = yield from first(GET_USER + self.row_lock, me)
         if not user or (before and user["password"] != before):
@@ -910,7 +909,7 @@ class Transaction:
         values = (user["username"], password or user["password"], user["email"], void)
         self.end((yield from first(SET_USER, *values)))
 
-    def logout(self, me: str) -> Operation[None]:
+    def logout(self, me: str) -> Operation:
         """Voids every token of the caller."""
         yield from self.set_password(me)
 
@@ -919,7 +918,7 @@ class Transaction:
         self.versions[user["username"]] = user["version"]
         self.notes.append(("end", user["username"], user["version"]))
 
-    def delete_user(self, me: str) -> Operation[None]:
+    def delete_user(self, me: str) -> Operation:
         """Empties an account and leaves its rooms; the last owner's next in rank inherits."""
         self.end((yield from first(SET_USER, me, None, None, 1)))
         for room_id, role in [(row["room_id"], row["role"]) for row in (yield LIST_ROLES, [(me,)])]:
@@ -929,40 +928,38 @@ class Transaction:
                 if role == "owner" and heir and heir["role"] != "owner":
                     yield from self.set_role(me, room_id, heir["username"], "owner")
 
-    def erase(self, me: str, room_id: str, seqs: Sequence[int]) -> Operation[None]:
+    def erase(self, me: str, room_id: str, seqs: Sequence[int]) -> Operation:
         """Deletes messages of an account that is about to go, in whatever rooms they are."""
         yield SET_MESSAGE, [(room_id, seq, None, None, None) for seq in seqs]
         for seq in seqs if room_id in self.rooms else ():
             self.add(room_id, "delete", me, target=seq)
 
-    def expire(self, room_id: str, kind: str, floor: int) -> Operation[None]:
+    def expire(self, room_id: str, kind: str, floor: int) -> Operation:
         """Raises a room's floor; below it only client_ids stay, to know a retry for ever."""
         for sql in (SET_FLOOR, BLANK, EXPIRE_MARKS):
             yield sql, [(room_id, floor)]
         yield EXPIRE, [(room_id, floor, kind)]
 
-    def list_users(
-        self, me: str, after: str = "", prefix: str = "", limit: int = 50
-    ) -> Operation[Any]:
+    def list_users(self, me: str, after: str = "", prefix: str = "", limit: int = 50) -> Operation:
         """Lists users by name."""
         return [show_user(row) for row in (yield LIST_USERS, [(after, prefix, limit)])]
 
-    def get_user(self, me: str, username: str) -> Operation[Any]:
+    def get_user(self, me: str, username: str) -> Operation:
         """Returns a user."""
         if not (row := (yield from first(GET_USER, username))):
             raise ChatError(404, "there is no such user")
         return show_user(row)
 
-    def get_me(self, me: str) -> Operation[Any]:
+    def get_me(self, me: str) -> Operation:
         """Returns the caller, who alone sees the e-mail address."""
         row = yield from first(GET_USER, me)
         return show_user(row) | {"email": row["email"]}
 
-    def list_rooms(self, me: str) -> Operation[Any]:
+    def list_rooms(self, me: str) -> Operation:
         """Lists public rooms and the caller's own."""
         return [dict(row) for row in (yield LIST_ROOMS, [(me,)])]
 
-    def show_room(self, me: str, room_id: str) -> Operation[Any]:
+    def show_room(self, me: str, room_id: str) -> Operation:
         """Returns a room as the caller sees it; what this transaction adds counts."""
         self.admit(me, room_id)
         if not (row := (yield from first(GET_ROOM, me, room_id))):
@@ -970,7 +967,7 @@ class Transaction:
         now = {"seq": self.rooms[room_id]["seq"], "unread": max(row["unread"], 0)}
         return dict(row) | now
 
-    def get_room(self, me: str, room_id: str) -> Operation[Any]:
+    def get_room(self, me: str, room_id: str) -> Operation:
         """Returns a room with its members, the banned only to moderators."""
         hidden = () if self.admit(me, room_id) >= RANKS["moderator"] else ("banned",)
         found = yield LIST_MEMBERS, [(room_id,)]
@@ -979,7 +976,7 @@ class Transaction:
 
     def list_messages(
         self, me: str, room_id: str, before: int = UNLIMITED, after: int = -1, limit: int = 50
-    ) -> Operation[Any]:
+    ) -> Operation:
         """Returns a page of history, oldest first."""
         self.admit(me, room_id)
         start = max(after, self.rooms[room_id]["floor"])
@@ -996,7 +993,7 @@ class Transaction:
         epoch: str = "",
         limit: int = 200,
         wait: int = 0,  # seconds; the route does the waiting
-    ) -> Operation[Any]:
+    ) -> Operation:
         """Returns the log after a cursor, as a WebSocket would."""
         self.admit(me, room_id)
         floor, seq = self.rooms[room_id]["floor"], self.rooms[room_id]["seq"]
@@ -1011,7 +1008,7 @@ class Transaction:
 
     def search(
         self, me: str, q: str, room_id: str = "", before: int = UNLIMITED, limit: int = 50
-    ) -> Operation[Any]:
+    ) -> Operation:
         """Finds messages that hold a text, newest first."""
         pattern = "%" + re.sub("([!%_])", r"!\1", q.casefold()) + "%"
         if room_id:
@@ -1418,7 +1415,7 @@ class Chat(Hub):
         for attempt in range(3):
             work, began = Transaction(self.config, self.db.row_lock), time.monotonic()
             try:
-                outcomes = await self.db.run(WRITE, work.run(batch))
+                outcomes: list[Any] = await self.db.run(WRITE, work.run(batch))
                 break
             except DatabaseError as error:
                 if attempt == 2 or not error.undone:
@@ -1487,7 +1484,7 @@ class Chat(Hub):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.hour.wait(), 3600)
 
-    async def hash(self, function: Callable[..., T], *values: Any, address: str = "") -> T:
+    async def hash(self, function: Callable[..., Any], *values: Any, address: str = "") -> Any:
         """Runs a password function on one of two threads; refuses when too many wait already."""
         if self.hashes >= HASHES:
             raise ChatError(503, "too many log-ins at once, try again soon", retry_after=2)
