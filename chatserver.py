@@ -650,9 +650,9 @@ def first(sql: str, *values: Any) -> Operation:
 
 
 # --------------------------------------------------------------------------------------- operations
-# What users can do and see. Each is named like its route, takes who asks and the fields that it
-# needs, by the names that they have in JSON, and returns what is answered. It refuses before it
-# writes, so that its refusal undoes nothing for others. It knows neither transport.
+# What users can do and see. Each is named like its route, takes the fields that it needs, by the
+# names that they have in JSON, and returns what is answered; `me` is who asks. It refuses before
+# it writes, so that its refusal undoes nothing for others. It knows neither transport.
 
 RANKS = {"banned": -1, "visitor": 0, "member": 1, "moderator": 2, "owner": 3}
 COLUMNS = ("room_id", "seq", "kind", "username", "created_at", "target", "member", "role", "name")
@@ -707,9 +707,10 @@ def is_whole(page: Sequence[Row], cursor: int) -> bool:
 
 
 class Command(NamedTuple):
-    """An operation, its fields, the log-in behind it, who hears its outcome, and other rooms."""
+    """An operation, who asks, its fields, the log-in, who hears the outcome, and other rooms."""
 
     name: str
+    me: str
     fields: dict[str, Any]
     version: int | None = None
     reply: Callable[[Any], object] = id
@@ -725,6 +726,7 @@ class Transaction:
 
     def __init__(self, config: Config, row_lock: str = "") -> None:
         self.config, self.row_lock, self.now = config, row_lock, int(time.time() * 1000)
+        self.me = ""  # who asks for the command at hand
         self.rooms: dict[str, dict[str, Any]] = {}
         self.roles: dict[tuple[str, str], str | None] = {}
         self.versions: dict[str, int] = {}  # of the users' log-ins
@@ -737,18 +739,19 @@ class Transaction:
         names = sorted({room_id for one in commands for room_id in one.rooms()})
         locked = yield LOCK_ROOM + self.row_lock, [(name,) for name in names]
         self.rooms = {row["room_id"]: dict(row) for row in locked if row["kind"] != "deleted"}
-        pairs = {(room_id, one.fields.get("me")) for one in commands for room_id in one.rooms()}
+        pairs = {(room_id, one.me) for one in commands for room_id in one.rooms()}
         found = yield GET_ROLE, [*pairs]
         self.roles = {(row["room_id"], row["username"]): row["role"] for row in found}
-        callers = {(one.fields["me"],) for one in commands if one.version is not None}
+        callers = {(one.me,) for one in commands if one.version is not None}
         self.versions = {row["username"]: row["version"] for row in (yield GET_VERSION, [*callers])}
-        named = [one.fields for one in commands if one.fields.get("client_id")]
-        found = yield FIND_MESSAGE, [(one["room_id"], one["me"], one["client_id"]) for one in named]
+        named = [(one.me, one.fields) for one in commands if one.fields.get("client_id")]
+        found = yield FIND_MESSAGE, [(new["room_id"], me, new["client_id"]) for me, new in named]
         self.sent = {(row["room_id"], row["username"], row["client_id"]): row for row in found}
         outcomes: list[Any] = []
         for command in commands:
+            self.me = command.me
             try:
-                if command.version not in (None, self.versions.get(command.fields.get("me", ""))):
+                if command.version not in (None, self.versions.get(self.me)):
                     raise ChatError(401, "log in again: this log-in has ended")
                 outcomes.append((yield from getattr(self, command.name)(**command.fields)))
             except ChatError as error:
@@ -757,69 +760,65 @@ class Transaction:
         yield SET_SEQ, [*{event["room_id"]: event["seq"] for event in self.events}.items()]
         return outcomes
 
-    def admit(self, me: str, room_id: str, least: str = "visitor") -> int:
+    def admit(self, room_id: str, least: str = "visitor") -> int:
         """Returns the caller's rank in a room; strangers are visitors of a public one."""
         if room_id not in self.rooms:
             raise ChatError(404, "there is no such room")
         stranger = "visitor" if self.rooms[room_id]["kind"] == "public" else "banned"
-        rank = RANKS[self.roles.get((room_id, me)) or stranger]
+        rank = RANKS[self.roles.get((room_id, self.me)) or stranger]
         if rank < RANKS[least]:
             raise ChatError(403, f"this room asks for a {least} or above, which you are not")
         return rank
 
-    def add(self, room_id: str, kind: str, me: str, **fields: Any) -> dict[str, Any]:
+    def add(self, room_id: str, kind: str, **fields: Any) -> dict[str, Any]:
         """Adds an event under the room's next number."""
         self.rooms[room_id]["seq"] += 1
         event = BLANK_EVENT | fields | {"room_id": room_id, "seq": self.rooms[room_id]["seq"]}
-        event |= {"kind": kind, "username": me, "created_at": self.now}
+        event |= {"kind": kind, "username": self.me, "created_at": self.now}
         self.events.append(event)
         return event
 
-    def set_role(self, me: str, room_id: str, member: str, role: str | None) -> Operation:
+    def set_role(self, room_id: str, member: str, role: str | None) -> Operation:
         """Makes a membership what it shall be."""
         self.roles[room_id, member] = role
-        seq = self.add(room_id, "member", me, member=member, role=role)["seq"]
+        seq = self.add(room_id, "member", member=member, role=role)["seq"]
         if role:
             yield SET_ROLE, [(room_id, member, role, seq)]
         else:
             yield DROP_MEMBER, [(room_id, member)]
 
-    def post_message(
-        self, me: str, room_id: str, message: str, client_id: str | None = None
-    ) -> Operation:
+    def post_message(self, room_id: str, message: str, client_id: str | None = None) -> Operation:
         """Posts a message; 201 and the event or, if it is a retry, 200 and the first event."""
-        rank, old = self.admit(me, room_id), None
+        rank, old = self.admit(room_id), None
         if client_id:
-            old = self.sent.get((room_id, me, client_id))
+            old = self.sent.get((room_id, self.me, client_id))
         if old and not old["edited_at"] and old["message"] not in (None, message):
             raise ChatError(409, "this client_id was sent before with another text")
         if not old and rank == RANKS["visitor"]:
-            yield from self.set_role(me, room_id, me, "member")
+            yield from self.set_role(room_id, self.me, "member")
         fields = {"message": message, "folded": message.casefold(), "client_id": client_id}
-        event = old or self.add(room_id, "message", me, **fields)
+        event = old or self.add(room_id, "message", **fields)
         if client_id:
-            self.sent[room_id, me, client_id] = event
+            self.sent[room_id, self.me, client_id] = event
         return 200 if old else 201, describe(event)
 
-    def set_message(self, me: str, room_id: str, seq: int, message: str | None) -> Operation:
+    def set_message(self, room_id: str, seq: int, message: str | None) -> Operation:
         """Edits one's own message or deletes it, as a moderator may; no other row has its text."""
-        rank, old = self.admit(me, room_id), (yield from first(GET_MESSAGE, room_id, seq))
+        rank, old = self.admit(room_id), (yield from first(GET_MESSAGE, room_id, seq))
         if not old or old["message"] is None or seq <= self.rooms[room_id]["floor"]:
             raise ChatError(404, "there is no such message, or it was deleted")
-        if old["username"] != me and (message or rank < RANKS["moderator"]):
+        if old["username"] != self.me and (message or rank < RANKS["moderator"]):
             raise ChatError(403, "only its author may do that; a moderator may delete it")
         new = {**old, "message": message, "edited_at": self.now if message else None}
         self.sent[room_id, old["username"], old["client_id"]] = new  # for retries in this batch
         folded = message and message.casefold()
         yield SET_MESSAGE, [(room_id, seq, message, folded, new["edited_at"])]
-        self.add(room_id, "edit" if message else "delete", me, target=seq, message=message)
+        self.add(room_id, "edit" if message else "delete", target=seq, message=message)
         return message and describe(new)
 
-    def set_member(
-        self, me: str, room_id: str, username: str, role: str | None = "member"
-    ) -> Operation:
+    def set_member(self, room_id: str, username: str, role: str | None = "member") -> Operation:
         """Sets a role, or none, as far as the caller's own goes; a room with an owner keeps one."""
-        mine, found = self.admit(me, room_id), (yield from first(GET_ROLE, room_id, username))
+        mine, found = self.admit(room_id), (yield from first(GET_ROLE, room_id, username))
         theirs, rank = found and found["role"], RANKS[role or "visitor"]
         if self.rooms[room_id]["kind"] == "direct":
             raise ChatError(403, "a direct room always has the same two members")
@@ -831,108 +830,108 @@ class Transaction:
                 raise ChatError(409, "the last owner has to make somebody else owner first")
         own = 0 <= rank <= max(mine, RANKS["member"])
         above = mine == RANKS["owner"] or mine > max(rank, RANKS[theirs or "visitor"], 1)
-        if not (own if me == username else above):
+        if not (own if self.me == username else above):
             raise ChatError(403, "that takes a higher role in this room")
         if role != theirs:
-            yield from self.set_role(me, room_id, username, role)
+            yield from self.set_role(room_id, username, role)
         return role and {"username": username, "role": role, "online": False}
 
-    def join(self, me: str, room_id: str) -> Operation:
+    def join(self, room_id: str) -> Operation:
         """Lets a socket in, a visitor as a member; returns what `hello` tells."""
-        if self.admit(me, room_id) == RANKS["visitor"]:
-            yield from self.set_role(me, room_id, me, "member")
-        return self.roles[room_id, me], self.rooms[room_id]["floor"], self.rooms[room_id]["seq"]
+        if self.admit(room_id) == RANKS["visitor"]:
+            yield from self.set_role(room_id, self.me, "member")
+        room = self.rooms[room_id]
+        return self.roles[room_id, self.me], room["floor"], room["seq"]
 
     def create_room(
-        self, me: str, room_id: str = "", name: str = "", kind: str = "public", username: str = ""
+        self, room_id: str = "", name: str = "", kind: str = "public", username: str = ""
     ) -> Operation:
         """Makes a room and its owner, or, unless they have it, the one direct room of two users."""
-        owners, most = {me: "owner"}, self.config.rooms_per_user or UNLIMITED
+        owners, most = {self.me: "owner"}, self.config.rooms_per_user or UNLIMITED
         if kind == "direct":
-            if not username or username == me:
+            if not username or username == self.me:
                 raise ChatError(400, "username: should be another user's")
             if not (yield from first(GET_USER, username)):
                 raise ChatError(404, "there is no such user")
-            name, owners = ", ".join(sorted((me, username))), {me: "member", username: "member"}
+            pair = sorted((self.me, username))
+            name, owners = ", ".join(pair), dict.fromkeys(pair, "member")
             room_id = f"direct-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
         elif not room_id or room_id.startswith("direct-"):
             raise ChatError(400, "room_id: is required, and may not begin with direct-")
-        elif (yield from first(COUNT_ROOMS, me))["rooms"] >= most:
+        elif (yield from first(COUNT_ROOMS, self.me))["rooms"] >= most:
             raise ChatError(403, f"you have created {most} rooms, which is as many as one may")
-        new = yield from first(ADD_ROOM, room_id, name or room_id, kind, me, self.now)
+        new = yield from first(ADD_ROOM, room_id, name or room_id, kind, self.me, self.now)
         if not new and kind != "direct":
             raise ChatError(409, "this room_id is, or was, another room's")
         if room_id not in self.rooms:
             self.rooms[room_id] = dict(new or (yield from first(LOCK_ROOM, room_id)))
         for member, role in sorted(owners.items()) if new else ():
-            yield from self.set_role(me, room_id, member, role)
-        self.roles.setdefault((room_id, me), "member")
-        return 201 if new else 200, (yield from self.show_room(me, room_id))
+            yield from self.set_role(room_id, member, role)
+        self.roles.setdefault((room_id, self.me), "member")
+        return 201 if new else 200, (yield from self.show_room(room_id))
 
-    def rename_room(self, me: str, room_id: str, name: str) -> Operation:
+    def rename_room(self, room_id: str, name: str) -> Operation:
         """Renames a room."""
-        self.admit(me, room_id, "owner")
+        self.admit(room_id, "owner")
         yield SET_ROOM, [(room_id, name, self.rooms[room_id]["kind"])]
-        self.add(room_id, "room", me, name=name)
-        return (yield from self.get_room(me, room_id))
+        self.add(room_id, "room", name=name)
+        return (yield from self.get_room(room_id))
 
-    def delete_room(self, me: str, room_id: str) -> Operation:
+    def delete_room(self, room_id: str) -> Operation:
         """Deletes a room; its events go by and by, its id stays taken."""
-        self.admit(me, room_id, "owner")
+        self.admit(room_id, "owner")
         yield SET_ROOM, [(room_id, "", "deleted")]
         del self.rooms[room_id]
         self.notes.append(("gone", room_id, None))
 
-    def mark_read(self, me: str, room_id: str, seq: int) -> Operation:
+    def mark_read(self, room_id: str, seq: int) -> Operation:
         """Moves the caller's read marker forward, to the head at most."""
-        self.admit(me, room_id, "member")
+        self.admit(room_id, "member")
         seq = min(seq, self.rooms[room_id]["seq"])
-        if (yield from first(SET_READ, room_id, me, seq)):
-            read = {"type": "read", "room_id": room_id, "username": me, "seq": seq}
+        if (yield from first(SET_READ, room_id, self.me, seq)):
+            read = {"type": "read", "room_id": room_id, "username": self.me, "seq": seq}
             self.notes.append(("tell", room_id, read))
 
-    def register(self, username: str, email: str, password: str) -> Operation:
+    def register(self, email: str, password: str) -> Operation:
         """Adds an account; the first, while the Lobby is untouched, becomes its owner."""
-        if not (yield from first(ADD_USER, username, email, password, self.now)):
+        if not (yield from first(ADD_USER, self.me, email, password, self.now)):
             raise ChatError(409, "this name or e-mail address is taken")
         if "1" in self.rooms and not self.rooms["1"]["seq"]:
-            yield from self.set_role(username, "1", username, "owner")
-        return (yield from self.get_me(username))
+            yield from self.set_role("1", self.me, "owner")
+        return (yield from self.get_me())
 
-    def set_password(
-        self, me: str, password: str = "", before: str = "", void: int = 1
-    ) -> Operation:
+    def set_password(self, password: str = "", before: str = "", void: int = 1) -> Operation:
         """Voids every token of a user; with a new password's hash, or with the old one."""
-        user = yield from first(GET_USER + self.row_lock, me)
+        user = yield from first(GET_USER + self.row_lock, self.me)
         if not user or (before and user["password"] != before):
             raise ChatError(404, "there is no such user, or the password has been changed")
         values = (user["username"], password or user["password"], user["email"], void)
         self.end((yield from first(SET_USER, *values)))
 
-    def logout(self, me: str) -> Operation:
+    def logout(self) -> Operation:
         """Voids every token of the caller."""
-        yield from self.set_password(me)
+        yield from self.set_password()
 
     def end(self, user: Row) -> None:
         """Ends all log-ins of a user before this version."""
         self.versions[user["username"]] = user["version"]
         self.notes.append(("end", user["username"], user["version"]))
 
-    def delete_user(self, me: str) -> Operation:
+    def delete_user(self) -> Operation:
         """Empties an account and leaves its rooms; the last owner's next in rank inherits."""
-        self.end((yield from first(SET_USER, me, None, None, 1)))
-        for room_id, role in [(row["room_id"], row["role"]) for row in (yield LIST_ROLES, [(me,)])]:
-            if room_id in self.rooms:
-                heir = yield from first(GET_HEIR, room_id, me)
-                yield from self.set_role(me, room_id, me, None)
-                if role == "owner" and heir and heir["role"] != "owner":
-                    yield from self.set_role(me, room_id, heir["username"], "owner")
+        self.end((yield from first(SET_USER, self.me, None, None, 1)))
+        for row in (yield LIST_ROLES, [(self.me,)]):
+            if (room_id := row["room_id"]) in self.rooms:
+                heir = yield from first(GET_HEIR, room_id, self.me)
+                yield from self.set_role(room_id, self.me, None)
+                if row["role"] == "owner" and heir and heir["role"] != "owner":
+                    yield from self.set_role(room_id, heir["username"], "owner")
 
-    def erase(self, me: str, room_id: str, seqs: Sequence[int]) -> Operation:
+    def erase(self, room_id: str, seqs: Sequence[int]) -> Operation:
         """Deletes messages of an account that is about to go, in whatever rooms they are."""
         yield SET_MESSAGE, [(room_id, seq, None, None, None) for seq in seqs]
         for seq in seqs if room_id in self.rooms else ():
-            self.add(room_id, "delete", me, target=seq)
+            self.add(room_id, "delete", target=seq)
 
     def expire(self, room_id: str, kind: str, floor: int) -> Operation:
         """Raises a room's floor; below it only client_ids stay, to know a retry for ever."""
@@ -940,45 +939,45 @@ class Transaction:
             yield sql, [(room_id, floor)]
         yield EXPIRE, [(room_id, floor, kind)]
 
-    def list_users(self, me: str, after: str = "", prefix: str = "", limit: int = 50) -> Operation:
+    def list_users(self, after: str = "", prefix: str = "", limit: int = 50) -> Operation:
         """Lists users by name."""
         return [show_user(row) for row in (yield LIST_USERS, [(after, prefix, limit)])]
 
-    def get_user(self, me: str, username: str) -> Operation:
+    def get_user(self, username: str) -> Operation:
         """Returns a user."""
         if not (row := (yield from first(GET_USER, username))):
             raise ChatError(404, "there is no such user")
         return show_user(row)
 
-    def get_me(self, me: str) -> Operation:
+    def get_me(self) -> Operation:
         """Returns the caller, who alone sees the e-mail address."""
-        row = yield from first(GET_USER, me)
+        row = yield from first(GET_USER, self.me)
         return show_user(row) | {"email": row["email"]}
 
-    def list_rooms(self, me: str) -> Operation:
+    def list_rooms(self) -> Operation:
         """Lists public rooms and the caller's own."""
-        return [dict(row) for row in (yield LIST_ROOMS, [(me,)])]
+        return [dict(row) for row in (yield LIST_ROOMS, [(self.me,)])]
 
-    def show_room(self, me: str, room_id: str) -> Operation:
+    def show_room(self, room_id: str) -> Operation:
         """Returns a room as the caller sees it; what this transaction adds counts."""
-        self.admit(me, room_id)
-        if not (row := (yield from first(GET_ROOM, me, room_id))):
+        self.admit(room_id)
+        if not (row := (yield from first(GET_ROOM, self.me, room_id))):
             raise ChatError(404, "there is no such room")
         now = {"seq": self.rooms[room_id]["seq"], "unread": max(row["unread"], 0)}
         return dict(row) | now
 
-    def get_room(self, me: str, room_id: str) -> Operation:
+    def get_room(self, room_id: str) -> Operation:
         """Returns a room with its members, the banned only to moderators."""
-        hidden = () if self.admit(me, room_id) >= RANKS["moderator"] else ("banned",)
+        hidden = () if self.admit(room_id) >= RANKS["moderator"] else ("banned",)
         found = yield LIST_MEMBERS, [(room_id,)]
         shown = [dict(row) | {"online": False} for row in found if row["role"] not in hidden]
-        return (yield from self.show_room(me, room_id)) | {"members": shown}
+        return (yield from self.show_room(room_id)) | {"members": shown}
 
     def list_messages(
-        self, me: str, room_id: str, before: int = UNLIMITED, after: int = -1, limit: int = 50
+        self, room_id: str, before: int = UNLIMITED, after: int = -1, limit: int = 50
     ) -> Operation:
         """Returns a page of history, oldest first."""
-        self.admit(me, room_id)
+        self.admit(room_id)
         start = max(after, self.rooms[room_id]["floor"])
         end = min(before, self.rooms[room_id]["seq"] + 1)
         sql = NEWEST if after < 0 or before < UNLIMITED else OLDEST
@@ -986,16 +985,10 @@ class Transaction:
         return sorted(map(describe, page), key=lambda event: event["seq"])
 
     def list_events(
-        self,
-        me: str,
-        room_id: str,
-        after: int = 0,
-        epoch: str = "",
-        limit: int = 200,
-        wait: int = 0,  # seconds; the route does the waiting
+        self, room_id: str, after: int = 0, epoch: str = "", limit: int = 200, wait: int = 0
     ) -> Operation:
-        """Returns the log after a cursor, as a WebSocket would."""
-        self.admit(me, room_id)
+        """Returns the log after a cursor, as a WebSocket would; the route does the waiting."""
+        self.admit(room_id)
         floor, seq = self.rooms[room_id]["floor"], self.rooms[room_id]["seq"]
         head = {"seq": seq, "epoch": (yield from first(GET_EPOCH))["value"]}
         # Not beyond the head that was read together with the caller's role: that may be past.
@@ -1007,17 +1000,17 @@ class Transaction:
         return {"events": [*map(describe, page)], **head}
 
     def search(
-        self, me: str, q: str, room_id: str = "", before: int = UNLIMITED, limit: int = 50
+        self, q: str, room_id: str = "", before: int = UNLIMITED, limit: int = 50
     ) -> Operation:
         """Finds messages that hold a text, newest first."""
         pattern = "%" + re.sub("([!%_])", r"!\1", q.casefold()) + "%"
         if room_id:
-            self.admit(me, room_id)
-            values = (me, pattern, limit, room_id, before)
+            self.admit(room_id)
+            values = (self.me, pattern, limit, room_id, before)
             return [*map(describe, (yield SEARCH_ROOM, [values]))]
         if before < UNLIMITED:
             raise ChatError(400, "before: goes with room_id, whose numbers it means")
-        return [*map(describe, (yield SEARCH_ALL, [(me, pattern, limit)]))]
+        return [*map(describe, (yield SEARCH_ALL, [(self.me, pattern, limit)]))]
 
 
 # ---------------------------------------------------------------------------------------------- hub
@@ -1376,20 +1369,20 @@ class Chat(Hub):
         self.wake.set()
 
     async def change(
-        self, name: str, /, *rooms: str, version: int | None = None, **fields: Any
+        self, name: str, me: str, /, *rooms: str, version: int | None = None, **fields: Any
     ) -> Any:
         """Returns what an operation returns, once that is durable and published."""
         future = asyncio.get_running_loop().create_future()
         reply = partial(asyncio.Future.set_result, future)
-        command = Command(name, fields, version, lambda one: future.done() or reply(one), rooms)
+        command = Command(name, me, fields, version, lambda one: future.done() or reply(one), rooms)
         self.submit(command)
         if isinstance(outcome := await future, ChatError):
             raise outcome
         return outcome
 
-    async def look(self, name: str, /, **fields: Any) -> Any:
+    async def look(self, name: str, me: str, /, **fields: Any) -> Any:
         """Returns what an operation finds."""
-        work = Transaction(self.config).run([Command(name, fields)])
+        work = Transaction(self.config).run([Command(name, me, fields)])
         async with self.searches if name == "search" else contextlib.nullcontext():
             outcome = (await self.db.run(READ, work))[0]
         if isinstance(outcome, ChatError):
@@ -1478,7 +1471,7 @@ class Chat(Hub):
                 for row in await self.db.run(READ, each(LIST_EXPIRED, [(cutoff,)])):
                     room_id, kind, floor, goal = row.values()
                     for step in (*range(floor + 500, goal, 500), goal):
-                        await self.change("expire", room_id=room_id, kind=kind, floor=step)
+                        await self.change("expire", "", room_id=room_id, kind=kind, floor=step)
             if isinstance(self.db, SQLite):
                 await self.db.tidy()
             with contextlib.suppress(TimeoutError):
@@ -1507,8 +1500,8 @@ class Chat(Hub):
             raise refusal
         if not stored.startswith(f"{SCRYPT}$"):
             hashed = await self.hash(hash_password, password)
-            fields = {"me": user["username"], "password": hashed, "before": stored, "void": 0}
-            await self.change("set_password", **fields)
+            fields = {"password": hashed, "before": stored, "void": 0}
+            await self.change("set_password", user["username"], **fields)
         return user  # type: ignore[no-any-return]
 
     async def authenticate(self, token: object) -> Login:
@@ -1559,7 +1552,7 @@ def answer(data: Any = None, status: int = 200) -> web.Response:
 def fields_of(name: str) -> dict[str, Any]:
     """Returns the fields that an operation takes, with their defaults."""
     parameters = inspect.signature(getattr(Transaction, name)).parameters.values()
-    return {one.name: one.default for one in parameters if one.name not in ("self", "me")}
+    return {one.name: one.default for one in parameters if one.name != "self"}
 
 
 def query(request: web.Request) -> dict[str, str]:
@@ -1596,7 +1589,7 @@ class Http(Chat):
             if len(fields["message"] or "") > (self.config.message_length or UNLIMITED):
                 raise ChatError(400, f"message: is over {self.config.message_length} characters")
             self.messages.take(me)
-        return {"me": me, **fields}
+        return fields
 
     async def identify(self, request: web.Request) -> Login:
         """Returns whom the Authorization header names."""
@@ -1643,27 +1636,27 @@ class Http(Chat):
             login, path = await self.identify(request), locate(request)
             if method == "GET":
                 fields = self.bind(name, query(request) | path, login.username, spelled=True)
-                outcome = await self.look(name, **fields)
+                outcome = await self.look(name, login.username, **fields)
                 if fields.get("wait") and not outcome["events"]:
-                    outcome = await self.wait_for(request, fields)
+                    outcome = await self.wait_for(request, login.username, fields)
             else:  # to delete is to set to nothing
                 data = {**await self.body(request), **path} if method != "DELETE" else path
                 fields = self.bind(name, data, login.username, unset=method == "DELETE")
-                outcome = await self.change(name, version=login.version, **fields)
+                outcome = await self.change(name, login.username, version=login.version, **fields)
             status, outcome = outcome if isinstance(outcome, tuple) else (200, outcome)
             return answer(self.mark_online(outcome), status)
 
         return handler
 
-    async def wait_for(self, request: web.Request, fields: dict[str, Any]) -> Any:
+    async def wait_for(self, request: web.Request, me: str, fields: dict[str, Any]) -> Any:
         """Returns a room's next events, or none after `wait` seconds."""
         more = self.waiting.setdefault(fields["room_id"], asyncio.Event())
-        outcome = await self.look("list_events", **fields)
+        outcome = await self.look("list_events", me, **fields)
         if not outcome["events"]:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(more.wait(), min(fields["wait"], 30))
             await self.identify(request)  # the log-in may have ended meanwhile
-            outcome = await self.look("list_events", **fields)
+            outcome = await self.look("list_events", me, **fields)
         return outcome
 
     def mark_online(self, outcome: Any) -> Any:
@@ -1679,13 +1672,14 @@ class Http(Chat):
     async def register(self, request: web.Request) -> web.Response:
         """Adds an account."""
         data = await self.body(request)
-        fields = {"username": check(data, "username"), "email": check(data, "email")}
+        username, email = check(data, "username"), check(data, "email")
         password = check_password(data, "password", self.config.password_min_length)
         if self.config.registration == "closed":
             raise ChatError(403, "registration is closed")
         self.registrations.take(self.address(request))
-        fields["password"] = await self.hash(hash_password, password)
-        return answer(await self.change("register", "1", **fields), 201)
+        hashed = await self.hash(hash_password, password)
+        user = await self.change("register", username, "1", email=email, password=hashed)
+        return answer(user, 201)
 
     async def token(self, request: web.Request) -> web.Response:
         """Logs in, by OAuth2's password grant (RFC 6749 4.3) as a form, or by the same as JSON."""
@@ -1716,20 +1710,20 @@ class Http(Chat):
         me, data = await self.confirm(request)
         password = check_password(data, "new_password", self.config.password_min_length)
         hashed = await self.hash(hash_password, password)
-        return answer(await self.change("set_password", me=me, password=hashed))
+        return answer(await self.change("set_password", me, password=hashed))
 
     async def delete_me(self, request: web.Request) -> web.Response:
         """Deletes the caller's account and, if asked to, the text of all their messages."""
         me, data = await self.confirm(request)
         if not isinstance(data.get("erase", False), bool):
             raise ChatError(400, "erase: should be true or false")
-        await self.change("set_password", me=me)  # so that nothing is added meanwhile
+        await self.change("set_password", me)  # so that nothing is added meanwhile
         while data.get("erase") and (texts := await self.db.run(READ, each(LIST_TEXTS, [(me,)]))):
             for room_id, group in itertools.groupby(texts, key=lambda row: str(row["room_id"])):
                 seqs = [row["seq"] for row in group]
-                await self.change("erase", me=me, room_id=room_id, seqs=seqs)
+                await self.change("erase", me, room_id=room_id, seqs=seqs)
         rooms = await self.db.run(READ, each(LIST_ROLES, [(me,)]))
-        return answer(await self.change("delete_user", *(row["room_id"] for row in rooms), me=me))
+        return answer(await self.change("delete_user", me, *(row["room_id"] for row in rooms)))
 
     async def page(self, file: str, policy: str, **words: str) -> web.Response:
         """Returns a page; its inline script and style are allowed by their hashes."""
@@ -1847,7 +1841,7 @@ class ChatServer(Http):
         """Refuses who may not connect to this room, or not from there; returns where to start."""
         self.check_share(login.username)
         asked = query(request)
-        await self.look("show_room", me=login.username, **locate(request))
+        await self.look("show_room", login.username, **locate(request))
         start = {name: check(asked, name, None, spelled=True) for name in ("after", "last")}
         return start | {"epoch": asked.get("epoch", "") if "after" in asked else ""}
 
@@ -1893,8 +1887,7 @@ class ChatServer(Http):
     async def greet(self, socket: Socket, start: Row) -> int:
         """Enters and says hello, and reset if it must; returns the cursor to go on from."""
         room, me, version = socket.room, socket.login.username, socket.login.version
-        entry = self.change("join", me=me, version=version, room_id=room.room_id)
-        role, floor, seq = await entry
+        role, floor, seq = await self.change("join", me, version=version, room_id=room.room_id)
         socket.entered = seq
         if socket.removed > seq:
             raise ChatError(403, "you are no longer in this room")
@@ -1964,7 +1957,7 @@ class ChatServer(Http):
                 given.pop("message", None)
             fields = self.bind(FRAMES[kind], given, me, unset=kind == "delete")
             reply = partial(self.settle, socket, data)
-            self.submit(Command(FRAMES[kind], fields, socket.login.version, reply))
+            self.submit(Command(FRAMES[kind], me, fields, socket.login.version, reply))
         else:
             raise ChatError(400, f"type: should be {', '.join(FRAMES)}, typing or auth")
 
@@ -2143,7 +2136,7 @@ async def reset_password(config: Config, username: str) -> None:
     try:
         password = hash_password(check_password(typed, "password", config.password_min_length))
         async with (server := Chat(config)).running(listens=False):
-            await server.change("set_password", me=username.lower(), password=password)
+            await server.change("set_password", username.lower(), password=password)
     except ChatError as error:
         raise SystemExit(f"chatserver: {error}") from None
 
