@@ -43,16 +43,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -64,7 +55,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote
 
 import jwt
-from aiohttp import WSMsgType, web
+from aiohttp import WSMsgType, typedefs, web
 
 Row = Mapping[str, Any]  # of the database, or the fields of a JSON object
 HERE = Path(__file__).resolve().parent
@@ -154,7 +145,7 @@ def read_file(name: str) -> str:
     return Path(name).read_text("utf-8", "replace") if Path(name).is_file() else ""
 
 
-def read_settings(arguments: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+def read_settings(arguments: Iterable[str]) -> Iterable[tuple[str, str, str]]:
     """Yields all that is set anywhere as (place, name, text), the weakest place first."""
     ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(" #", " ;"))
     ini.read_string(read_file("config.ini"), "config.ini")
@@ -1352,7 +1343,7 @@ class Chat(Hub):
             await self.db.tell(self.notes)  # who was here is so no more
             await self.db.close()
 
-    async def keep(self, work: Callable[[], Awaitable[None]]) -> None:
+    async def keep(self, work: Callable[[], Any]) -> None:
         """Does what has no end, anew should it fail."""
         while True:
             try:
@@ -1525,7 +1516,6 @@ class Chat(Hub):
 # A route binds an operation's fields from path, query and body, by name, and answers what it
 # returns. Only what is more than that has a handler of its own.
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 CDN = "https://cdn.jsdelivr.net/npm/"
 STRICT = "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
 PAGE_POLICY = (
@@ -1629,7 +1619,7 @@ class Http(Chat):
             raise ChatError(415, "the body should be application/json in UTF-8")
         return parse_object(text) if text else {}
 
-    def route(self, name: str, method: str) -> Handler:
+    def route(self, name: str, method: str) -> typedefs.Handler:
         """Returns the handler of an operation for those who are logged in."""
 
         async def handler(request: web.Request) -> web.StreamResponse:
@@ -2043,7 +2033,7 @@ def refuse(request: web.Request, refusal: ChatError, headers: dict[str, str]) ->
 
 
 @web.middleware
-async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def answer_errors(request: web.Request, handler: typedefs.Handler) -> web.StreamResponse:
     """Turns whatever is raised, by whomever, into its JSON; answers CORS preflights."""
     headers: dict[str, str] = {}
     try:
