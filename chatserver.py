@@ -1518,9 +1518,7 @@ class Chat(Hub):
 
 CDN = "https://cdn.jsdelivr.net/npm/"
 STRICT = "default-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
-PAGE_POLICY = (
-    f"{STRICT}; script-src {{script}}; style-src {{style}}; connect-src 'self'; img-src data:"
-)
+PAGE_POLICY = STRICT + "; script-src {script}; style-src {style}; connect-src 'self'; img-src data:"
 DOCS_POLICY = (
     f"{STRICT}; script-src 'self' {{script}} {CDN}; style-src 'self' 'unsafe-inline' {CDN}; "
     "connect-src 'self'; img-src 'self' data:; font-src data:; worker-src blob:"
@@ -1715,28 +1713,18 @@ class Http(Chat):
         rooms = await self.db.run(READ, each(LIST_ROLES, [(me,)]))
         return answer(await self.change("delete_user", me, *(row["room_id"] for row in rooms)))
 
-    async def page(self, file: str, policy: str, **words: str) -> web.Response:
-        """Returns a page; its inline script and style are allowed by their hashes."""
+    async def page(self, request: web.Request) -> web.Response:
+        """Returns the page to chat in, or the docs; inline script and style are allowed by hash."""
+        chat, assets = request.path.endswith("/"), self.config.docs_assets
+        file, policy = ("client.html", PAGE_POLICY) if chat else ("docs.html", DOCS_POLICY)
         text = (HERE / file).read_text("utf-8")
-        for word, value in words.items():
-            text = text.replace("{{" + word + "}}", value)
+        text = text.replace("{{assets}}", assets if assets in ("cdn", "off") else "folder")
         for tag in ("script", "style"):
             block = text.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode()
             digest = base64.b64encode(hashlib.sha256(block).digest()).decode()
             policy = policy.replace("{" + tag + "}", f"'sha256-{digest}'")
         headers = {"Content-Security-Policy": policy}
         return web.Response(text=text, content_type="text/html", headers=headers)
-
-    async def chat_page(self, _: web.Request) -> web.Response:
-        """Returns the page to chat in."""
-        return await self.page("client.html", PAGE_POLICY)
-
-    async def docs_page(self, request: web.Request) -> web.Response:
-        """Returns Swagger UI or ReDoc."""
-        kind = "redoc" if request.path.endswith("/redoc") else "swagger"
-        assets = self.config.docs_assets
-        assets = assets if assets in ("cdn", "off") else "folder"
-        return await self.page("docs.html", DOCS_POLICY, kind=kind, assets=assets)
 
     async def docs_asset(self, request: web.Request) -> web.StreamResponse:
         """Returns one of the files of the documentation pages."""
@@ -2007,9 +1995,9 @@ GET    /rooms/{room_id}/events              list_events
 PUT    /rooms/{room_id}/read                mark_read
 GET    /search                              search
 GET    /websockets/chat/{room_id}           connect
-GET    /                                    chat_page
-GET    /docs                                docs_page
-GET    /redoc                               docs_page
+GET    /                                    page
+GET    /docs                                page
+GET    /redoc                               page
 GET    /docs/assets/{file:[a-z.-]+}         docs_asset
 GET    /openapi.json                        openapi
 GET    /healthz                             healthz
