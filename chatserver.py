@@ -1827,16 +1827,14 @@ class ChatServer(Http):
         """Waits 10 s for {"type": "auth", "token"}, as browsers must log in."""
         self.strangers.add(ws)
         try:
-            message = await ws.receive(timeout=10)
-            data = parse_object(message.data) if message.type == WSMsgType.TEXT else {}
-            if data.get("type") == "auth":
-                return await self.authenticate(data.get("token"))
-        except (TimeoutError, ChatError) as error:  # what was no JSON was no log-in either
-            if isinstance(error, ChatError) and error.status != 400:
-                raise
+            data = await ws.receive_json(loads=parse_object, timeout=10)
+        except (TimeoutError, TypeError, ChatError):  # what was no JSON was no log-in either
+            data = {}
         finally:
             self.strangers.discard(ws)
-        raise ChatError(401, "the first frame should be a valid log-in, within 10 s")
+        if data.get("type") != "auth":
+            raise ChatError(401, "the first frame should be a valid log-in, within 10 s")
+        return await self.authenticate(data.get("token"))
 
     async def converse(self, request: web.Request, ws: web.WebSocketResponse, login: Login) -> None:
         """Enters, replays and listens; whatever happens, the socket is forgotten at the end."""
