@@ -1849,10 +1849,7 @@ class ChatServer(Http):
         self.users[login.username].add(socket)
         try:
             cursor = await self.greet(socket, start)
-            if cursor == room.cursor and not socket.closed:
-                room.live.add(socket)
-            else:
-                replay = asyncio.create_task(self.replay(socket, cursor))
+            replay = asyncio.create_task(self.replay(socket, cursor))
             await self.listen(ws, socket)
         finally:
             self.leave(socket)
