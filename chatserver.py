@@ -1218,20 +1218,17 @@ class Hub:
             room.live.add(socket)
             self.tell_presence([socket], room, socket.told)
 
-    def tell_presence(self, some: Iterable[Socket], room: Room, before: set[str]) -> None:
-        """Tells sockets who came and went, unless too many are online."""
-        online, common = self.online(room.room_id), {"type": "presence", "room_id": room.room_id}
-        if len(online) <= QUIET_ABOVE:
+    def whisper(self, some: Iterable[Socket], items: Sequence[Row]) -> None:
+        """Sends what is never stored, if few are online, to everybody but whom it is about."""
+        if items and len(self.online(items[0]["room_id"])) <= QUIET_ABOVE:
             for socket in list(some):
-                changed = sorted((online ^ before) - {socket.login.username})
-                news = ({"username": name, "online": name in online} for name in changed)
-                socket.send(*(common | one for one in news))
-
-    def whisper(self, room_id: str, *items: dict[str, Any]) -> None:
-        """Sends what is never stored to everybody in a small room but whom it is about."""
-        if room_id in self.rooms and len(self.online(room_id)) <= QUIET_ABOVE:
-            for socket in list(self.rooms[room_id].live):
                 socket.send(*(one for one in items if one["username"] != socket.login.username))
+
+    def tell_presence(self, some: Iterable[Socket], room: Room, before: set[str]) -> None:
+        """Tells sockets who came and went."""
+        online, common = self.online(room.room_id), {"type": "presence", "room_id": room.room_id}
+        news = ({"username": name, "online": name in online} for name in sorted(online ^ before))
+        self.whisper(some, [common | one for one in news])
 
     def here(self, room_id: str) -> set[str]:
         """Returns who is connected to a room in this process."""
@@ -1255,15 +1252,16 @@ class Hub:
 
     def hear(self, kind: str, name: str, more: Any = None, process: str = "") -> None:
         """Does what a commit has made necessary, or another process tells."""
+        room = self.rooms.get(name)
         if kind == "head":
             self.notice(name, more)
         elif kind == "online":
             self.peers[process, name] = set(more), time.monotonic()
-        elif kind == "tell":
-            self.whisper(name, more)
+        elif kind == "tell" and room:
+            self.whisper(room.live, [more])
         elif kind == "gone":
             self.notice(name, 0)  # long polls look again, and find no room
-            shut(self.rooms[name].sockets if name in self.rooms else (), 4404, "it was deleted")
+            shut(room.sockets if room else (), 4404, "it was deleted")
         elif kind == "end":
             old = [one for one in self.users.get(name, ()) if one.login.version < more]
             shut(old, 4401, "this log-in has ended")
@@ -1937,10 +1935,10 @@ class ChatServer(Http):
     def tell_typing(self, socket: Socket) -> None:
         """Tells the others that somebody types, at most every 2 s."""
         if time.monotonic() - socket.typed > 2:
-            socket.typed, room_id = time.monotonic(), socket.room.room_id
-            typing = {"type": "typing", "room_id": room_id, "username": socket.login.username}
-            self.whisper(room_id, typing)
-            self.notes.append(("tell", room_id, typing))
+            socket.typed, room = time.monotonic(), socket.room
+            typing = {"type": "typing", "room_id": room.room_id, "username": socket.login.username}
+            self.whisper(room.live, [typing])
+            self.notes.append(("tell", room.room_id, typing))
             self.news.set()
 
     def settle(self, socket: Socket, data: Row, outcome: Any) -> None:
