@@ -1275,9 +1275,7 @@ class Hub:
             elif now - socket.pinged > PING and not socket.closed:
                 socket.pinged = now
                 socket.transport.write(to_frame(b"", WSMsgType.PING))
-        self.peers = {
-            key: told for key, told in self.peers.items() if told[0] and now - told[1] < 10
-        }
+        self.peers = {key: one for key, one in self.peers.items() if one[0] and now - one[1] < 10}
 
 
 # --------------------------------------------------------------------------------------------- chat
@@ -1290,10 +1288,9 @@ HASHES = 32  # passwords being hashed or waiting for it
 
 def keep_secret(path: str) -> str:
     """Returns the key in a file that only its owner may read, made at the first call."""
-    with contextlib.suppress(FileExistsError):
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w") as file:
-            file.write(secrets.token_hex(32))
+    private = partial(os.open, mode=0o600)
+    with contextlib.suppress(FileExistsError), open(path, "x", opener=private) as file:
+        file.write(secrets.token_hex(32))
     if len(secret := Path(path).read_bytes().strip()) < 32:
         raise SystemExit(f"chatserver: secret_key: {path} has less than 32 bytes")
     return secret.decode()
@@ -1495,10 +1492,7 @@ class Chat(Hub):
 
     async def authenticate(self, token: object) -> Login:
         """Returns whom a token names, if it is ours, has not expired and was not voided."""
-        options: Any = {
-            "require": ["exp", "iat", "sub"],
-            "verify_iat": False,
-        }  # clocks are set back
+        options: Any = {"require": ["exp", "iat", "sub"], "verify_iat": False}  # clocks go back
         try:
             claims = jwt.decode(str(token), self.key, [self.config.algorithm], options)
             name = check({"username": claims["sub"]}, "username")
@@ -1521,10 +1515,7 @@ DOCS_POLICY = (
     f"{STRICT}; script-src 'self' {{script}} {CDN}; style-src 'self' 'unsafe-inline' {CDN}; "
     "connect-src 'self'; img-src 'self' data:; font-src data:; worker-src blob:"
 )
-COUNTED = (
-    *("messages", "deliveries", "slow_readers"),
-    *("batches", "batch_messages", "commit_seconds"),
-)
+COUNTED = ("messages", "deliveries", "slow_readers", "batches", "batch_messages", "commit_seconds")
 
 
 def answer(data: Any = None, status: int = 200) -> web.Response:
@@ -2073,10 +2064,9 @@ def create_app(config: Config | None = None) -> web.Application:
     app.on_response_prepare.append(add_headers)
     for method, path, name in map(str.split, ROUTES.strip().splitlines()):
         handler = getattr(server, name, None) or server.route(name, method)
-        if method == "GET":
-            app.router.add_get(path, handler, allow_head=name != "connect")
-        else:
-            app.router.add_route(method, path, handler)
+        app.router.add_route(method, path, handler)
+        if method == "GET" and name != "connect":
+            app.router.add_route("HEAD", path, handler)
     return app
 
 
