@@ -556,15 +556,13 @@ EVENT = """SELECT e.room_id, e.seq, e.kind, e.username, e.target, e.member, e.ro
     FROM events e LEFT JOIN events t ON t.room_id = e.room_id AND t.seq = e.target"""
 # Unread is all that came after the mark, less what is no message and what is one's own: both few.
 ROOM = """SELECT r.room_id, r.name, r.kind, m.role, r.seq, coalesce(m.read_seq, 0) AS read_seq,
-    coalesce(r.seq - m.read_seq
-    - (SELECT count(*) FROM events e INDEXED BY events_silent
+    coalesce(r.seq - m.read_seq - (SELECT count(*) FROM events e INDEXED BY events_silent
     WHERE e.room_id = r.room_id AND e.seq > m.read_seq AND e.message IS NULL)
     - (SELECT count(*) FROM events e INDEXED BY events_by_user WHERE e.room_id = r.room_id
     AND e.username = $1 AND e.seq > m.read_seq AND e.message IS NOT NULL), 0) AS unread
     FROM rooms r LEFT JOIN members m ON m.room_id = r.room_id AND m.username = $1
     WHERE r.kind <> 'deleted'"""
-READABLE = """coalesce(m.role, CASE r.kind WHEN 'public' THEN 'visitor' ELSE 'banned' END)
-    <> 'banned'"""
+READABLE = "(m.role <> 'banned' OR (m.role IS NULL AND r.kind = 'public'))"
 GET_EPOCH = "SELECT value FROM meta WHERE name = 'epoch'"
 ADD_EPOCH = "INSERT INTO meta (name, value) VALUES ('epoch', $1) ON CONFLICT DO NOTHING"
 SET_EPOCH = "UPDATE meta SET value = $1 WHERE name = 'epoch'"
@@ -580,22 +578,20 @@ SET_USER = """UPDATE users SET password = $2, email = $3, version = version + $4
 LIST_ROOMS = f"{ROOM} AND {READABLE} ORDER BY r.room_id"
 GET_ROOM = f"{ROOM} AND r.room_id = $2"
 LOCK_ROOM = "SELECT room_id, name, kind, seq, floor FROM rooms WHERE room_id = $1"
-ADD_ROOM = """INSERT INTO rooms (room_id, name, kind, seq, floor, created_by, created_at)
-    VALUES ($1, $2, $3, 0, 0, $4, $5) ON CONFLICT DO NOTHING
-    RETURNING room_id, name, kind, seq, floor"""
+ADD_ROOM = """INSERT INTO rooms (room_id, name, kind, seq, floor, created_by, created_at) VALUES
+    ($1, $2, $3, 0, 0, $4, $5) ON CONFLICT DO NOTHING RETURNING room_id, name, kind, seq, floor"""
 COUNT_ROOMS = """SELECT count(*) AS rooms FROM rooms
     WHERE created_by = $1 AND kind IN ('public', 'private')"""
 SET_ROOM = "UPDATE rooms SET name = $2, kind = $3 WHERE room_id = $1"
 SET_SEQ = "UPDATE rooms SET seq = $2 WHERE room_id = $1"
 LIST_MEMBERS = "SELECT username, role FROM members WHERE room_id = $1 ORDER BY username"
 GET_ROLE = "SELECT room_id, username, role FROM members WHERE room_id = $1 AND username = $2"
-GET_HEIR = """SELECT username, role FROM members
-    WHERE room_id = $1 AND username <> $2 AND role <> 'banned'
-    ORDER BY CASE role WHEN 'owner' THEN 0 WHEN 'moderator' THEN 1 ELSE 2 END, since, username"""
+# Owners, moderators, members: the alphabet falls as their ranks do.
+GET_HEIR = """SELECT username, role FROM members WHERE room_id = $1 AND username <> $2
+    AND role <> 'banned' ORDER BY role DESC, since, username"""
 LIST_ROLES = "SELECT room_id, role FROM members WHERE username = $1"
-SET_ROLE = """INSERT INTO members (room_id, username, role, read_seq, since)
-    VALUES ($1, $2, $3, $4, $4)
-    ON CONFLICT (room_id, username) DO UPDATE SET role = excluded.role"""
+SET_ROLE = """INSERT INTO members (room_id, username, role, read_seq, since) VALUES
+    ($1, $2, $3, $4, $4) ON CONFLICT (room_id, username) DO UPDATE SET role = excluded.role"""
 DROP_MEMBER = "DELETE FROM members WHERE room_id = $1 AND username = $2"
 SET_READ = """UPDATE members SET read_seq = $3
     WHERE room_id = $1 AND username = $2 AND read_seq < $3 RETURNING read_seq"""
