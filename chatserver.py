@@ -589,7 +589,7 @@ GET_ROLE = "SELECT room_id, username, role FROM members WHERE room_id = $1 AND u
 # Owners, moderators, members: the alphabet falls as their ranks do.
 GET_HEIR = """SELECT username, role FROM members WHERE room_id = $1 AND username <> $2
     AND role <> 'banned' ORDER BY role DESC, since, username"""
-LIST_ROLES = "SELECT room_id, role FROM members WHERE username = $1"
+LIST_JOINED = "SELECT room_id FROM members WHERE username = $1"
 SET_ROLE = """INSERT INTO members (room_id, username, role, read_seq, since) VALUES
     ($1, $2, $3, $4, $4) ON CONFLICT (room_id, username) DO UPDATE SET role = excluded.role"""
 DROP_MEMBER = "DELETE FROM members WHERE room_id = $1 AND username = $2"
@@ -694,18 +694,17 @@ def is_whole(page: Sequence[Row], cursor: int) -> bool:
 
 
 class Command(NamedTuple):
-    """An operation, who asks, its fields, the log-in, who hears the outcome, and other rooms."""
+    """An operation, who asks, its fields, the log-in behind it, and who hears its outcome."""
 
     name: str
     me: str
     fields: dict[str, Any]
     version: int | None = None
     reply: Callable[[Any], object] = id
-    others: Sequence[str] = ()
 
     def rooms(self) -> list[str]:
         """Returns the rooms that have to be at hand."""
-        return [*self.others, *filter(None, [self.fields.get("room_id")])]
+        return [*self.fields.get("rooms", ()), *filter(None, [self.fields.get("room_id")])]
 
 
 class Transaction:
@@ -879,12 +878,12 @@ class Transaction:
             read = {"type": "read", "room_id": room_id, "username": self.me, "seq": seq}
             self.notes.append(("tell", room_id, read))
 
-    def register(self, email: str, password: str) -> Operation:
+    def register(self, room_id: str, email: str, password: str) -> Operation:
         """Adds an account; the first, while the Lobby is untouched, becomes its owner."""
         if not (yield from first(ADD_USER, self.me, email, password, self.now)):
             raise ChatError(409, "this name or e-mail address is taken")
-        if "1" in self.rooms and not self.rooms["1"]["seq"]:
-            yield from self.set_role("1", self.me, "owner")
+        if room_id in self.rooms and not self.rooms[room_id]["seq"]:
+            yield from self.set_role(room_id, self.me, "owner")
         return (yield from self.get_me())
 
     def set_password(self, password: str = "", before: str = "", void: int = 1) -> Operation:
@@ -904,14 +903,15 @@ class Transaction:
         self.versions[user["username"]] = user["version"]
         self.notes.append(("end", user["username"], user["version"]))
 
-    def delete_user(self) -> Operation:
+    def delete_user(self, rooms: Sequence[str]) -> Operation:
         """Empties an account and leaves its rooms; the last owner's next in rank inherits."""
         self.end((yield from first(SET_USER, self.me, None, None, 1)))
-        for row in (yield LIST_ROLES, [(self.me,)]):
-            if (room_id := row["room_id"]) in self.rooms:
+        for room_id in rooms:
+            role = self.roles.get((room_id, self.me))
+            if role and room_id in self.rooms:
                 heir = yield from first(GET_HEIR, room_id, self.me)
                 yield from self.set_role(room_id, self.me, None)
-                if row["role"] == "owner" and heir and heir["role"] != "owner":
+                if role == "owner" and heir and heir["role"] != "owner":
                     yield from self.set_role(room_id, heir["username"], "owner")
 
     def erase(self, room_id: str, seqs: Sequence[int]) -> Operation:
@@ -1350,13 +1350,11 @@ class Chat(Hub):
         self.queue.append(command)
         self.wake.set()
 
-    async def change(
-        self, name: str, me: str, /, *rooms: str, version: int | None = None, **fields: Any
-    ) -> Any:
+    async def change(self, name: str, me: str, /, version: int | None = None, **fields: Any) -> Any:
         """Returns what an operation returns, once that is durable and published."""
         future = asyncio.get_running_loop().create_future()
         reply = partial(asyncio.Future.set_result, future)
-        command = Command(name, me, fields, version, lambda one: future.done() or reply(one), rooms)
+        command = Command(name, me, fields, version, lambda one: future.done() or reply(one))
         self.submit(command)
         if isinstance(outcome := await future, ChatError):
             raise outcome
@@ -1651,7 +1649,7 @@ class Http(Chat):
             raise ChatError(403, "registration is closed")
         self.registrations.take(self.address(request))
         hashed = await self.hash(hash_password, password)
-        user = await self.change("register", username, "1", email=email, password=hashed)
+        user = await self.change("register", username, room_id="1", email=email, password=hashed)
         return answer(user, 201)
 
     async def token(self, request: web.Request) -> web.Response:
@@ -1695,8 +1693,8 @@ class Http(Chat):
             for room_id, group in itertools.groupby(texts, key=lambda row: str(row["room_id"])):
                 seqs = [row["seq"] for row in group]
                 await self.change("erase", me, room_id=room_id, seqs=seqs)
-        rooms = await self.db.run(READ, each(LIST_ROLES, [(me,)]))
-        return answer(await self.change("delete_user", me, *(row["room_id"] for row in rooms)))
+        rooms = [row["room_id"] for row in await self.db.run(READ, each(LIST_JOINED, [(me,)]))]
+        return answer(await self.change("delete_user", me, rooms=rooms))
 
     async def page(self, request: web.Request) -> web.Response:
         """Returns the page to chat in, or the docs; inline script and style are allowed by hash."""
