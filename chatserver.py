@@ -1793,16 +1793,12 @@ class ChatServer(Http):
                 asyncio.get_running_loop().call_later(2, cut, transport)
         return ws
 
-    def check_share(self, username: str) -> None:
-        """Refuses who has as many sockets as one may."""
-        if len(self.users.get(username, ())) >= (self.config.sockets_per_user or UNLIMITED):
-            raise ChatError(429, "too many sockets of this user", retry_after=10)
-
     async def check_entry(self, request: web.Request, login: Login) -> dict[str, Any]:
         """Refuses who may not connect to this room, or not from there; returns where to start."""
-        self.check_share(login.username)
         asked = query(request)
         await self.look("show_room", login.username, **locate(request))
+        if len(self.users.get(login.username, ())) >= (self.config.sockets_per_user or UNLIMITED):
+            raise ChatError(429, "too many sockets of this user", retry_after=10)
         start = {name: check(asked, name, None, spelled=True) for name in ("after", "last")}
         return start | {"epoch": asked.get("epoch", "") if "after" in asked else ""}
 
@@ -1824,7 +1820,6 @@ class ChatServer(Http):
         room_id, start = request.match_info["room_id"], await self.check_entry(request, login)
         if not (transport := request.transport):
             return
-        self.check_share(login.username)  # others may have come meanwhile
         room = self.rooms.setdefault(room_id, Room(room_id))
         socket, replay = Socket(transport, room, login), None
         # Before it is live, so that nothing that would end it is missed.
