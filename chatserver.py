@@ -25,7 +25,6 @@ import contextlib
 import gc
 import getpass
 import hashlib
-import hmac
 import importlib
 import inspect
 import ipaddress
@@ -50,7 +49,6 @@ from datetime import UTC, datetime
 from functools import lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote
 
@@ -304,7 +302,7 @@ def hash_password(password: bytes, parameters: str = SCRYPT, salt: bytes = b"") 
 def verify_password(password: bytes, stored: str) -> bool:
     """Tells in constant time whether a hash is of this password."""
     parameters, salt, _ = stored.rsplit("$", 2)
-    return hmac.compare_digest(hash_password(password, parameters, bytes.fromhex(salt)), stored)
+    return secrets.compare_digest(hash_password(password, parameters, bytes.fromhex(salt)), stored)
 
 
 class Limiter:
@@ -360,7 +358,7 @@ class SQLite:
     def __init__(self, url: str) -> None:
         self.path = os.path.realpath(unquote(url.partition("?")[0].partition(":///")[2]))
         self.threads = {READ: ThreadPoolExecutor(3), WRITE: ThreadPoolExecutor(1)}
-        self.idle = {begin: SimpleQueue[sqlite3.Connection]() for begin in self.threads}
+        self.idle = {begin: list[sqlite3.Connection]() for begin in self.threads}  # one a thread
         self.opened = list[sqlite3.Connection]()
 
     def connect(self, *pragmas: str, suffix: str = "") -> sqlite3.Connection:
@@ -378,9 +376,9 @@ class SQLite:
             self.connect(suffix="-lock").execute("BEGIN EXCLUSIVE")
             self.writer = self.connect("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON")
             self.writer.executescript(schema)
-            self.idle[WRITE].put(self.writer)
+            self.idle[WRITE].append(self.writer)
             for _ in range(3):
-                self.idle[READ].put(self.connect("query_only=ON"))
+                self.idle[READ].append(self.connect("query_only=ON"))
             self.inode = os.stat(self.path).st_ino
         except (sqlite3.Error, OSError) as error:
             reason = "another process uses it" if "locked" in str(error) else error
@@ -395,7 +393,7 @@ class SQLite:
 
     def transact(self, begin: str, operation: Operation) -> Any:
         """Runs an operation and commits; binds $1 by name, as 3.11 misbinds by position."""
-        connection, rows = self.idle[begin].get(), list[Any]()
+        connection = self.idle[begin].pop()
         try:
             if os.stat(self.path).st_ino != self.inode:
                 raise sqlite3.OperationalError("the file was replaced under the running server")
@@ -415,7 +413,7 @@ class SQLite:
             with contextlib.suppress(sqlite3.Error):
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
-            self.idle[begin].put(connection)
+            self.idle[begin].append(connection)
 
     async def run(self, begin: str, operation: Operation) -> Any:
         """Returns what an operation returned: what it read in one snapshot, or what is on disk."""
@@ -775,9 +773,8 @@ class Transaction:
 
     def post_message(self, room_id: str, message: str, client_id: str | None = None) -> Operation:
         """Posts a message; 201 and the event or, if it is a retry, 200 and the first event."""
-        rank, old = self.admit(room_id), None
-        if client_id:
-            old = self.sent.get((room_id, self.me, client_id))
+        rank = self.admit(room_id)
+        old = self.sent.get((room_id, self.me, client_id)) if client_id else None
         if old and not old["edited_at"] and old["message"] not in (None, message):
             raise ChatError(409, "this client_id was sent before with another text")
         if not old and rank == RANKS["visitor"]:
@@ -914,11 +911,12 @@ class Transaction:
                 if role == "owner" and heir and heir["role"] != "owner":
                     yield from self.set_role(room_id, heir["username"], "owner")
 
-    def erase(self, room_id: str, seqs: Sequence[int]) -> Operation:
+    def erase(self, rooms: Sequence[str], texts: Sequence[Row]) -> Operation:
         """Deletes messages of an account that is about to go, in whatever rooms they are."""
-        yield SET_MESSAGE, [(room_id, seq, None, None, None) for seq in seqs]
-        for seq in seqs if room_id in self.rooms else ():
-            self.add(room_id, "delete", target=seq)
+        yield SET_MESSAGE, [(row["room_id"], row["seq"], None, None, None) for row in texts]
+        for row in texts:
+            if row["room_id"] in self.rooms:
+                self.add(row["room_id"], "delete", target=row["seq"])
 
     def expire(self, room_id: str, kind: str, floor: int) -> Operation:
         """Raises a room's floor; below it only client_ids stay, to know a retry for ever."""
@@ -950,8 +948,7 @@ class Transaction:
         self.admit(room_id)
         if not (row := (yield from first(GET_ROOM, self.me, room_id))):
             raise ChatError(404, "there is no such room")
-        now = {"seq": self.rooms[room_id]["seq"], "unread": max(row["unread"], 0)}
-        return dict(row) | now
+        return {**row, "seq": self.rooms[room_id]["seq"], "unread": max(row["unread"], 0)}
 
     def get_room(self, room_id: str) -> Operation:
         """Returns a room with its members, the banned only to moderators."""
@@ -1400,10 +1397,9 @@ class Chat(Hub):
             self.hear(*note)
         self.publish(work.events)
         self.notes += work.notes
-        kinds = {note[0] for note in work.notes}
-        if "end" in kinds:
-            await self.db.tell([note for note in work.notes if note[0] == "end"])
-        if "gone" in kinds:
+        if ends := [note for note in work.notes if note[0] == "end"]:
+            await self.db.tell(ends)
+        if any(note[0] == "gone" for note in work.notes):
             self.hour.set()
         self.counts["commit_seconds"] += time.monotonic() - began
         self.counts["batches"] += 1
@@ -1632,10 +1628,9 @@ class Http(Chat):
 
     def mark_online(self, outcome: Any) -> Any:
         """Fills in who is online, in this room or in any, which no operation knows."""
-        room = outcome if isinstance(outcome, dict) and "members" in outcome else None
-        online = self.online(room["room_id"] if room else None)
-        users = room["members"] if room else outcome or ()
-        for user in [users] if isinstance(users, dict) else users:
+        whole: Row = outcome if isinstance(outcome, dict) else {"members": outcome or ()}
+        online = self.online(whole.get("room_id"))
+        for user in whole.get("members", [whole]):
             if "online" in user:
                 user["online"] = user["username"] in online
         return outcome
@@ -1690,9 +1685,7 @@ class Http(Chat):
             raise ChatError(400, "erase: should be true or false")
         await self.change("set_password", me)  # so that nothing is added meanwhile
         while data.get("erase") and (texts := await self.db.run(READ, each(LIST_TEXTS, [(me,)]))):
-            for room_id, group in itertools.groupby(texts, key=lambda row: str(row["room_id"])):
-                seqs = [row["seq"] for row in group]
-                await self.change("erase", me, room_id=room_id, seqs=seqs)
+            await self.change("erase", me, rooms=[row["room_id"] for row in texts], texts=texts)
         rooms = [row["room_id"] for row in await self.db.run(READ, each(LIST_JOINED, [(me,)]))]
         return answer(await self.change("delete_user", me, rooms=rooms))
 
@@ -1724,8 +1717,7 @@ class Http(Chat):
     async def healthz(self, _: web.Request) -> web.Response:
         """Tells whether the database answers and is set up to keep what it is told."""
         await self.db.run(READ, first(GET_EPOCH))
-        facts = {"database": self.db.name, "warnings": self.db.warnings}
-        return answer({"status": "ok", **facts})
+        return answer({"status": "ok", "database": self.db.name, "warnings": self.db.warnings})
 
     async def metrics(self, _: web.Request) -> web.Response:
         """Returns figures for Prometheus."""
