@@ -1349,11 +1349,9 @@ class Chat(Hub):
 
     async def change(self, name: str, me: str, /, version: int | None = None, **fields: Any) -> Any:
         """Returns what an operation returns, once that is durable and published."""
-        future = asyncio.get_running_loop().create_future()
-        reply = partial(asyncio.Future.set_result, future)
-        command = Command(name, me, fields, version, lambda one: future.done() or reply(one))
-        self.submit(command)
-        if isinstance(outcome := await future, ChatError):
+        answers = asyncio.Queue[Any]()
+        self.submit(Command(name, me, fields, version, answers.put_nowait))
+        if isinstance(outcome := await answers.get(), ChatError):
             raise outcome
         return outcome
 
