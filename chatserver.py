@@ -1700,13 +1700,6 @@ class Http(Chat):
         headers = {"Content-Security-Policy": policy}
         return web.Response(text=text, content_type="text/html", headers=headers)
 
-    async def docs_asset(self, request: web.Request) -> web.StreamResponse:
-        """Returns one of the files of the documentation pages."""
-        file = Path(self.config.docs_assets) / request.match_info["file"]
-        if self.config.docs_assets in ("cdn", "off") or not file.is_file():
-            raise ChatError(404, "there is no such file")
-        return web.FileResponse(file)
-
     async def openapi(self, _: web.Request) -> web.Response:
         """Returns the OpenAPI document."""
         text = (HERE / "openapi.json").read_text("utf-8")
@@ -1961,7 +1954,6 @@ GET    /websockets/chat/{room_id}           connect
 GET    /                                    page
 GET    /docs                                page
 GET    /redoc                               page
-GET    /docs/assets/{file:[a-z.-]+}         docs_asset
 GET    /openapi.json                        openapi
 GET    /healthz                             healthz
 GET    /metrics                             metrics
@@ -2046,6 +2038,8 @@ def create_app(config: Config | None = None) -> web.Application:
         app.router.add_route(method, path, handler)
         if method == "GET" and name != "connect":
             app.router.add_route("HEAD", path, handler)
+    if server.config.docs_assets not in ("cdn", "off"):
+        app.router.add_static("/docs/assets", server.config.docs_assets, follow_symlinks=True)
     return app
 
 
