@@ -1300,7 +1300,7 @@ class Chat(Hub):
         self.hour = asyncio.Event()  # set before an hour is over when there is something to delete
         self.connected: Counter[str] = Counter()  # sockets by address
         self.strangers: set[web.WebSocketResponse] = set()  # sockets that have not logged in
-        self.hashes, self.turns = 0, asyncio.Semaphore(2)
+        self.hashes, self.turns = asyncio.Semaphore(HASHES), asyncio.Semaphore(2)
         self.searches = asyncio.Semaphore(2)  # which leaves connections for what is quick
         self.messages = Limiter(config.messages_per_second, config.message_burst)
         self.frames = Limiter(20, 100)  # whatever else a socket sends; who floods us is cut off
@@ -1453,16 +1453,12 @@ class Chat(Hub):
 
     async def hash(self, function: Callable[..., Any], *values: Any, address: str = "") -> Any:
         """Runs a password function on one of two threads; refuses when too many wait already."""
-        if self.hashes >= HASHES:
+        if self.hashes.locked():
             raise ChatError(503, "too many log-ins at once, try again soon", retry_after=2)
-        self.hashes += 1
-        try:
-            async with self.turns:
-                if address:  # others from there may have failed meanwhile
-                    self.logins.take(address, 0)
-                return await asyncio.to_thread(function, *values)
-        finally:
-            self.hashes -= 1
+        async with self.hashes, self.turns:
+            if address:  # others from there may have failed meanwhile
+                self.logins.take(address, 0)
+            return await asyncio.to_thread(function, *values)
 
     async def verify(self, account: str, password: bytes, address: str, refusal: ChatError) -> Row:
         """Returns who has this name or e-mail and password; failures count for the address."""
