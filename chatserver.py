@@ -214,6 +214,7 @@ MISTAKE = ChatError(500, "the server made a mistake, which is logged")
 encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 TEXT = r"[^\0\ud800-\udfff]"  # no NUL and no half of a surrogate pair: what every engine can hold
 ANYTHING = (f"{TEXT}*", "text without NUL")
+NAME = r"(?!me$)[a-z0-9][a-z0-9_.-]{1,31}"
 FIELDS: dict[str, range | tuple[str, str]] = {  # a number's range, or a text's pattern and meaning
     "client_id": ("[ -~]{1,64}", "1 to 64 printable ASCII characters"),
     "email": (r"[^\s@\0\ud800-\udfff]{1,64}@[^\s@\0\ud800-\udfff]{1,189}", "an e-mail address"),
@@ -227,10 +228,7 @@ FIELDS: dict[str, range | tuple[str, str]] = {  # a number's range, or a text's 
     "role": ("member|moderator|owner|banned", "member, moderator, owner or banned"),
     "room_id": ("[a-z0-9][a-z0-9_-]{0,63}", "1 to 64 of a-z 0-9 _ -, a letter or digit first"),
     "username or email": (f"{TEXT}{{1,320}}", "a username or an e-mail address"),
-    "username": (
-        "(?!me$)[a-z0-9][a-z0-9_.-]{1,31}",
-        "2 to 32 of a-z 0-9, and _.- but first; not me",
-    ),
+    "username": (NAME, "2 to 32 of a-z 0-9, and _.- but first; not me"),
 }
 REQUIRED = inspect.Parameter.empty
 
@@ -682,8 +680,7 @@ def describe(row: Row) -> dict[str, Any]:
 
 def show_user(row: Row) -> dict[str, Any]:
     """Returns a user as others see them; who is online only the hub knows."""
-    created_at = iso_time(row["created_at"])
-    return {"username": row["username"], "created_at": created_at, "online": False}
+    return {"username": row["username"], "created_at": iso_time(row["created_at"]), "online": False}
 
 
 def is_whole(page: Sequence[Row], cursor: int) -> bool:
@@ -2086,9 +2083,8 @@ async def serve(config: Config, listener: sockets.socket, up: threading.Event) -
         listener.listen(1024)
         host = config.host or "0.0.0.0"  # noqa: S104  # every address is usually written so
         host = f"[{host}]" if ":" in host else host
-        port = listener.getsockname()[1]
         if not up.is_set():
-            print(f"chatserver listening on http://{host}:{port}", flush=True)
+            print(f"chatserver listening on http://{host}:{listener.getsockname()[1]}", flush=True)
         up.set()
         while not stopped.is_set() and (config.workers == 1 or os.getppid() == parent):
             with contextlib.suppress(TimeoutError):
