@@ -524,7 +524,7 @@ class Postgres:
                 await self.listener.executemany(NOTIFY, rows, timeout=2)
 
     async def listen(self, hear: Callable[..., None]) -> None:
-        """Calls hear with what others tell; connects anew when not even its own echo comes."""
+        """Calls hear with what others tell; ends when not even its own echo comes."""
 
         def receive(_connection: Any, _pid: int, _channel: str, payload: str) -> None:
             self.heard = time.monotonic()
@@ -532,16 +532,14 @@ class Postgres:
             if process != self.process:
                 hear(*note, process)
 
-        while True:
-            with contextlib.suppress(*self.failures):
-                listener = await self.asyncpg.connect(**self.options)
-                await listener.add_listener("chatserver", receive)
-                self.listener, self.heard = listener, time.monotonic()
-                while not self.listener.is_closed() and time.monotonic() - self.heard < 6:
-                    await asyncio.sleep(0.2)
-            if self.listener:
-                self.listener.terminate()
-            await asyncio.sleep(0.3)
+        with contextlib.suppress(*self.failures):
+            listener = await self.asyncpg.connect(**self.options)
+            await listener.add_listener("chatserver", receive)
+            self.listener, self.heard = listener, time.monotonic()
+            while not self.listener.is_closed() and time.monotonic() - self.heard < 6:
+                await asyncio.sleep(0.2)
+        if self.listener:
+            self.listener.terminate()
 
 
 # --------------------------------------------------------------------------------------- statements
@@ -1329,7 +1327,7 @@ class Chat(Hub):
             await self.db.close()
 
     async def keep(self, work: Callable[[], Any]) -> None:
-        """Does what has no end, anew should it fail."""
+        """Does something again and again, also should it fail."""
         while True:
             try:
                 await work()
@@ -1434,19 +1432,18 @@ class Chat(Hub):
 
     async def upkeep(self) -> None:
         """Deletes what has expired, at start and hourly, a little at a time."""
-        while True:
-            self.hour.clear()
-            days = self.config.retention_days
-            cutoff = int((time.time() - days * 86400) * 1000) if days else 0
-            with contextlib.suppress(ChatError):
-                for row in await self.db.run(READ, each(LIST_EXPIRED, [(cutoff,)])):
-                    room_id, kind, floor, goal = row.values()
-                    for step in (*range(floor + 500, goal, 500), goal):
-                        await self.change("expire", "", room_id=room_id, kind=kind, floor=step)
-            if isinstance(self.db, SQLite):
-                await self.db.tidy()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.hour.wait(), 3600)
+        self.hour.clear()
+        days = self.config.retention_days
+        cutoff = int((time.time() - days * 86400) * 1000) if days else 0
+        with contextlib.suppress(ChatError):
+            for row in await self.db.run(READ, each(LIST_EXPIRED, [(cutoff,)])):
+                room_id, kind, floor, goal = row.values()
+                for step in (*range(floor + 500, goal, 500), goal):
+                    await self.change("expire", "", room_id=room_id, kind=kind, floor=step)
+        if isinstance(self.db, SQLite):
+            await self.db.tidy()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.hour.wait(), 3600)
 
     async def hash(self, function: Callable[..., Any], *values: Any, address: str = "") -> Any:
         """Runs a password function on one of two threads; refuses when too many wait already."""
