@@ -31,6 +31,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -64,13 +65,16 @@ UNLIMITED = 2**53  # up to here every JSON client keeps whole numbers exactly
 # The fields of Config are the one table of settings. It is read once and passed down; only this
 # section knows where a value came from.
 
-RULES: dict[str, range | str] = {  # otherwise a number is 0 or more, and a text is any text
+DATABASES = r"sqlite(\+\w+)?:///(?!:memory:).+|postgres(ql)?(\+\w+)?://.+"
+RULES: dict[str, range | tuple[str, str]] = {  # a number's range, or a text's pattern and meaning
     "access_token_expire_minutes": range(1, 10**8),
-    "algorithm": "HS256|HS384|HS512",
-    "database_url": r"sqlite(\+\w+)?:///.+|postgres(ql)?(\+\w+)?://.+",
-    "metrics": "off|on",
+    "algorithm": ("HS256|HS384|HS512", "HS256, HS384 or HS512"),
+    "allowed_origins": (r"\w[\w.+-]*://[^\s/*A-Z]+|null", "only origins, as https://example.com"),
+    "database_url": (DATABASES, "sqlite:///FILE or postgresql://ADDRESS"),
+    "metrics": ("off|on", "off or on"),
+    "password_min_length": range(1025),
     "port": range(65536),
-    "registration": "open|closed",
+    "registration": ("open|closed", "open or closed"),
     "workers": range(1, 257),
 }
 
@@ -106,18 +110,26 @@ class Config:
     metrics: str = "off"
     docs_assets: str = "cdn"
 
+    @staticmethod
+    def check(name: str, value: Any) -> None:
+        """Refuses a value that a setting cannot have, with its name first; limits begin at 0."""
+        default = getattr(Config, name)
+        kind = type(default)
+        rule = RULES.get(name, range(2**31) if kind is int else (".*", f"a {kind.__name__}"))
+        fits, meaning = type(value) is kind, str(rule[1])
+        if isinstance(rule, range):
+            fits, meaning = fits and value in rule, f"from {rule[0]} to {rule[-1]}"
+        elif fits:
+            texts = value if kind is tuple else (value,)
+            fits = all(re.fullmatch(rule[0], str(text), re.DOTALL) for text in texts)
+        if not fits:
+            shown = "what was given" if name in ("secret_key", "database_url") else repr(value)
+            raise ValueError(f"{name}: {shown} is not {meaning}")
+
     def __post_init__(self) -> None:
-        """Refuses a bad value with a ValueError that begins with the setting's name."""
+        """Refuses values that are bad by themselves or do not go together, with a ValueError."""
         for name, value in vars(self).items():
-            default = getattr(Config, name)
-            rule = RULES.get(name, range(2**31) if isinstance(default, int) else ".*")
-            if isinstance(rule, range):
-                fits, rule = type(value) is int and value in rule, f"from {rule[0]} to {rule[-1]}"
-            else:
-                fits = bool(re.fullmatch(rule, str(value), re.DOTALL))
-            if not (fits and isinstance(value, type(default))):
-                shown = "what was given" if name in ("secret_key", "database_url") else repr(value)
-                raise ValueError(f"{name}: {shown} is not {rule}")
+            self.check(name, value)
         if "pgbouncer=true" in self.database_url:
             raise ValueError("database_url: LISTEN needs the direct address, not pgbouncer's")
         postgres = self.database_url.startswith("postgres")
@@ -140,7 +152,7 @@ ENV_LINE = re.compile(r"""\s*(?:export\s+)?(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)'|((
 
 def read_file(name: str) -> str:
     """Returns the text of a file in the working directory, if there is one."""
-    return Path(name).read_text("utf-8", "replace") if Path(name).is_file() else ""
+    return Path(name).read_text("utf-8-sig", "replace") if Path(name).is_file() else ""
 
 
 def read_settings(arguments: Iterable[str]) -> Iterable[tuple[str, str, str]]:
@@ -158,7 +170,7 @@ def read_settings(arguments: Iterable[str]) -> Iterable[tuple[str, str, str]]:
     for option in options:
         name, equals, text = option.partition("=")
         if not name.startswith("--") or "_" in name:
-            raise ValueError(f"command line: {name}: there is no such setting")
+            raise ValueError(f"command line: {name}: there is no such setting, see --help")
         if not (text := text if equals else next(options, "")):
             raise ValueError(f"command line: {name}: needs a value")
         yield "command line", name[2:].replace("-", "_"), text
@@ -179,6 +191,7 @@ def load_config(arguments: Iterable[str] = ()) -> Config:
                 values[name] = tuple(filter(None, map(str.strip, text.split(","))))
             elif kind is int and re.fullmatch("[0-9]{1,12}", text):
                 values[name] = int(text)
+            Config.check(name, values[name])
         if places.get("port") == "environment" and "host" not in places:
             values["host"] = ""  # hosting services that give PORT want every address
         return Config(**values)
@@ -222,8 +235,8 @@ FIELDS: dict[str, range | tuple[str, str]] = {  # a number's range, or a text's 
     "limit": range(1, UNLIMITED + 1),
     "message": (rf"(?=.*\S){TEXT}+", "text, not blank, without NUL"),
     "name": (rf"(?=.*\S){TEXT}{{1,100}}", "1 to 100 characters, not blank"),
-    "new_password": (f"{TEXT}+", "text without NUL"),
-    "password": (f"{TEXT}+", "text without NUL"),
+    "new_password": (f"{TEXT}+", "text, not empty, without NUL"),
+    "password": (f"{TEXT}+", "text, not empty, without NUL"),
     "q": (rf"(?=.*\S){TEXT}{{1,200}}", "1 to 200 characters, not blank"),
     "role": ("member|moderator|owner|banned", "member, moderator, owner or banned"),
     "room_id": ("[a-z0-9][a-z0-9_-]{0,63}", "1 to 64 of a-z 0-9 _ -, a letter or digit first"),
@@ -239,14 +252,15 @@ def check(data: Row, name: str, default: Any = REQUIRED, *, spelled: bool = Fals
         return default
     value, rule = data.get(name), FIELDS.get(name, range(UNLIMITED + 1))
     if isinstance(rule, range) and not isinstance(default, str):
-        if spelled and re.fullmatch("[0-9]{1,16}", str(value)):
-            value = int(str(value))
+        if spelled and re.fullmatch("[0-9]{1,99}", str(value)):
+            most = UNLIMITED if name in ("limit", "wait") else math.inf
+            value = min(int(str(value)), most)
         if type(value) is int and value in rule:
             return value
         raise ChatError(400, f"{name}: should be a whole number from {rule[0]} to {rule[-1]}")
     pattern, meaning = ANYTHING if isinstance(rule, range) else rule
     if isinstance(value, str):
-        if name == "email" or (name in ("username", "prefix") and value.isascii()):
+        if name == "email" or (name in ("username", "prefix", "after") and value.isascii()):
             value = value.lower()
         if re.fullmatch(pattern, value, re.DOTALL):
             return value
@@ -746,7 +760,8 @@ class Transaction:
         stranger = "visitor" if self.rooms[room_id]["kind"] == "public" else "banned"
         rank = RANKS[self.roles.get((room_id, self.me)) or stranger]
         if rank < RANKS[least]:
-            raise ChatError(403, f"this room asks for a {least} or above, which you are not")
+            needed = "somebody who was let in" if least == "visitor" else f"the role of {least}"
+            raise ChatError(403, f"this room asks for {needed}, which you are not")
         return rank
 
     def add(self, room_id: str, kind: str, **fields: Any) -> dict[str, Any]:
@@ -829,11 +844,12 @@ class Transaction:
         if kind == "direct":
             if not username or username == self.me:
                 raise ChatError(400, "username: should be another user's")
-            if not (yield from first(GET_USER, username)):
-                raise ChatError(404, "there is no such user")
             pair = sorted((self.me, username))
             name, owners = ", ".join(pair), dict.fromkeys(pair, "member")
             room_id = f"direct-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
+            known = (yield from first(LOCK_ROOM, room_id)) or (yield from first(GET_USER, username))
+            if not known:
+                raise ChatError(404, "there is no such user")
         elif not room_id or room_id.startswith("direct-"):
             raise ChatError(400, "room_id: is required, and may not begin with direct-")
         elif (yield from first(COUNT_ROOMS, self.me))["rooms"] >= most:
@@ -1575,7 +1591,7 @@ class Http(Chat):
                         raise ChatError(413, f"the body is larger than {most} bytes")
             text = data.decode()
             if form and request.content_type == form:
-                return unique(parse_qsl(text, keep_blank_values=True, max_num_fields=50))
+                return unique(parse_qsl(text, keep_blank_values=True, errors="strict"))
         except TimeoutError:
             raise ChatError(408, "the body took longer than 10 s") from None
         except (ValueError, web.RequestPayloadError) as error:
@@ -1638,7 +1654,7 @@ class Http(Chat):
     async def token(self, request: web.Request) -> web.Response:
         """Logs in, by OAuth2's password grant (RFC 6749 4.3) as a form, or by the same as JSON."""
         data = await self.body(request, form="application/x-www-form-urlencoded")
-        if data.get("grant_type", "password") != "password":
+        if (data.get("grant_type") or "password") != "password":
             raise ChatError(400, "grant_type should be password", "unsupported_grant_type")
         given = {"username or email": data.get("username")}
         account = check(given, "username or email").lower()
@@ -1683,6 +1699,7 @@ class Http(Chat):
         file, policy = ("client.html", PAGE_POLICY) if chat else ("docs.html", DOCS_POLICY)
         text = (HERE / file).read_text("utf-8")
         text = text.replace("{{assets}}", assets if assets in ("cdn", "off") else "folder")
+        policy = policy if assets == "cdn" else policy.replace(CDN, "")
         for tag in ("script", "style"):
             block = text.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode()
             digest = base64.b64encode(hashlib.sha256(block).digest()).decode()
@@ -2038,9 +2055,11 @@ def backup(config: Config, target: str) -> None:
     if not config.database_url.startswith("sqlite"):
         print("use pg_dump; once restored: UPDATE meta SET value = 'new' WHERE name = 'epoch'")
         raise SystemExit(2)
-    path, part = quote(SQLite(config.database_url).path), Path(f"{target}.part")
+    path, part = SQLite(config.database_url).path, Path(f"{target}.part")
+    if os.path.realpath(target) == path:
+        raise SystemExit(f"chatserver: backup: {target}: is the database itself")
     try:
-        source = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        source = sqlite3.connect(f"file:{quote(path)}?mode=ro", uri=True)
         with contextlib.closing(source), contextlib.closing(sqlite3.connect(part)) as copy:
             source.backup(copy)
             copy.execute(SET_EPOCH, {"1": secrets.token_hex(8)})
@@ -2048,12 +2067,12 @@ def backup(config: Config, target: str) -> None:
         part.replace(target)
     except (sqlite3.Error, OSError) as error:
         part.unlink(missing_ok=True)
-        raise SystemExit(f"chatserver: backup: {error}") from None
+        raise SystemExit(f"chatserver: backup: of {path} to {target}: {error}") from None
 
 
 async def reset_password(config: Config, username: str) -> None:
     """Asks twice for a user's new password."""
-    ask = getpass.getpass if sys.stdin.isatty() else lambda _: sys.stdin.readline().rstrip("\n")
+    ask = getpass.getpass if sys.stdin.isatty() else lambda _: sys.stdin.readline().rstrip("\r\n")
     typed = {"password": ask("New password: ")}
     if ask("Again: ") != typed["password"]:
         raise SystemExit("chatserver: the two differ")
@@ -2139,8 +2158,7 @@ def main() -> None:
             listener = sockets.create_server(address, family=family, dualstack_ipv6=both)
         except OSError as error:
             place = f"{config.host}:{config.port}"
-            name = "host" if isinstance(error, sockets.gaierror) else "port"
-            raise SystemExit(f"chatserver: {name}: {place}: {error.strerror}") from None
+            raise SystemExit(f"chatserver: host and port: {place}: {error.strerror}") from None
         with listener:
             if config.workers > 1:
                 supervise(config, listener)

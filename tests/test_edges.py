@@ -1,11 +1,13 @@
 """What happens at once, meanwhile, or with what no honest client would send."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import Start
 from tests.helpers import PASSWORD, Server, User, Wire, run, unique, until
 from tests.test_settings import one_line
 
@@ -220,6 +222,58 @@ async def test_a_conflict_is_judged_by_what_the_same_moment_has_changed(server: 
         assert (await alice.post(path, json=body)).ok()["seq"] == seq
 
 
+async def test_a_direct_room_outlives_an_account(server: Server) -> None:
+    """The same request gives the same direct room ever after, also when the other has left."""
+    alice, bob = await server.users("alice", "bob", fresh=True)
+    form = {"kind": "direct", "username": bob.username}
+    room = (await alice.post("/rooms", json=form)).ok(201)["room_id"]
+    (await bob.delete("/users/me", json={"password": PASSWORD})).ok(204)
+    assert (await alice.post("/rooms", json=form)).ok()["room_id"] == room
+    (await alice.post("/rooms", json=form | {"username": unique("none")})).refused(404)
+
+
+# --- Generous and exact
+
+
+@pytest.mark.parametrize("name", ["limit", "wait"])
+async def test_what_is_far_above_its_maximum_is_clamped_too(server: Server, name: str) -> None:
+    """A limit or a wait may have any number of digits."""
+    alice = await server.user()
+    room = await alice.room()
+    page = (await alice.get(f"/rooms/{room}/events?after=0&{name}=99999999999999999999")).ok()
+    assert [event["seq"] for event in page["events"]] == [1]
+
+
+async def test_an_empty_grant_type_is_none(server: Server) -> None:
+    """A parameter without a value counts as left out (RFC 6749 3.1)."""
+    alice = await server.user()
+    form = {"username": alice.username, "password": PASSWORD}
+    (await server.post("/auth/token", data=form | {"grant_type": ""})).ok()
+    (await server.post("/auth/token", json=form | {"grant_type": None})).ok()
+
+
+async def test_a_form_that_is_not_utf8_is_refused(server: Server) -> None:
+    """A password whose bytes are no text is not taken for another one."""
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    body = b"username=alice&password=%ff%ff%ff%ff"
+    (await server.post("/auth/token", data=body, headers=headers)).refused(400, "invalid_request")
+
+
+async def test_users_after_a_name_in_capitals(server: Server) -> None:
+    """A cursor of names is read as names are, without case."""
+    alice = await server.user()
+    users = (await alice.get(f"/users?after={alice.username.upper()}&limit=200")).ok()
+    assert all(user["username"] > alice.username for user in users)
+
+
+async def test_docs_without_a_cdn_allow_none(start: Start) -> None:
+    """With the files of the docs at hand, or without them, the policy names nobody else."""
+    for page in ("/docs", "/redoc"):
+        assert "jsdelivr" in (await (await start()).get(page)).headers["Content-Security-Policy"]
+        policy = (await (await start(docs_assets="off")).get(page)).headers
+        assert "jsdelivr" not in policy["Content-Security-Policy"]
+
+
 # --- The start
 
 
@@ -237,8 +291,14 @@ def test_a_damaged_secret_is_told(tmp_path: Path, content: str) -> None:
         (["--password_min_length", "3"], "password_min_length"),
         (["--workers="], "workers"),
         (["--docs-assets", "nowhere"], "docs_assets"),
-        (["--host", "no.such.host.invalid"], "host"),
+        (["--host", "no.such.host.invalid"], "chatserver: host"),
         (["--secret-key", "x" * 31], "secret_key"),
+        (["--allowed-origins", "https://a.example,b.example"], "command line: allowed_origins"),
+        (["--allowed-origins", "https://a.example/"], "command line: allowed_origins"),
+        (["--allowed-origins", "*"], "command line: allowed_origins"),
+        (["--password-min-length", "1025"], "command line: password_min_length"),
+        (["--database-url", "sqlite:///:memory:"], "command line: database_url"),
+        (["backup"], "--help"),
     ],
 )
 def test_arguments_are_taken_by_the_letter(
@@ -246,6 +306,36 @@ def test_arguments_are_taken_by_the_letter(
 ) -> None:
     """What is no setting as it should be written, or points nowhere, stops the start."""
     assert named in one_line(tmp_path, *arguments)
+
+
+def test_a_bad_value_stops_the_start_even_if_a_good_one_counts(tmp_path: Path) -> None:
+    """A mistake in config.ini is told, though the command line overrules it."""
+    (tmp_path / "config.ini").write_text("[chatserver]\nport = zzz\n")
+    assert "config.ini: port" in one_line(tmp_path, "--port", "0")
+
+
+def test_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """What Windows' editors put before the first setting does not hide it."""
+    (tmp_path / ".env").write_text("\ufeffPORT=x\n", "utf-8")
+    assert ".env: port" in one_line(tmp_path)
+    (tmp_path / ".env").unlink()
+    (tmp_path / "config.ini").write_text("\ufeff[chatserver]\nport = x\n", "utf-8")
+    assert "config.ini: port" in one_line(tmp_path)
+
+
+def test_a_backup_never_replaces_the_database(tmp_path: Path) -> None:
+    """A backup that would land on the database itself is refused, by any of its names."""
+    database = tmp_path / "chat.db"
+    sqlite3.connect(database).close()
+    (tmp_path / "other.db").symlink_to(database)
+    for target in ("chat.db", "./chat.db", "other.db"):
+        code, _, error = run(tmp_path, "backup", target)
+        assert code == 1
+        assert "the database itself" in error
+    code, _, error = run(tmp_path, "backup", "copy.db", database_url="sqlite:///none.db")
+    assert code == 1
+    assert "none.db" in error
+    assert not (tmp_path / "copy.db").exists()
 
 
 def test_help_is_one_line(tmp_path: Path) -> None:
