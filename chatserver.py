@@ -486,10 +486,14 @@ class Postgres:
                 self.pools[begin] = await pool
             async with self.pools[WRITE].acquire() as connection:
                 await connection.execute("SELECT pg_advisory_lock(7304241)")
-                # One by one, so that no transaction locks two tables.
-                for statement in filter(str.strip, schema.split(";\n")):
+                # Not if it was run before, since that would wait for whoever tends a table now;
+                # and one by one, so that no transaction locks two tables.
+                ready = await connection.fetchval("SELECT to_regclass('events_silent')")
+                for statement in () if ready else filter(str.strip, schema.split(";\n")):
                     await connection.execute(statement)
                 await connection.execute("SELECT pg_advisory_unlock(7304241)")
+                if await connection.fetchval("SHOW server_encoding") != "UTF8":
+                    raise ValueError("its encoding is not UTF8, so it cannot hold every message")
                 for name in ("fsync", "synchronous_commit", "full_page_writes"):
                     if await connection.fetchval("SELECT current_setting($1)", name) == "off":
                         self.warnings += (f"{name} is off in Postgres: messages can be lost",)
@@ -586,8 +590,8 @@ SET_USER = """UPDATE users SET password = $2, email = $3, version = version + $4
 LIST_ROOMS = f"{ROOM} AND {READABLE} ORDER BY r.room_id"
 GET_ROOM = f"{ROOM} AND r.room_id = $2"
 LOCK_ROOM = "SELECT room_id, name, kind, seq, floor FROM rooms WHERE room_id = $1"
-ADD_ROOM = """INSERT INTO rooms (room_id, name, kind, seq, floor, created_by, created_at) VALUES
-    ($1, $2, $3, 0, 0, $4, $5) ON CONFLICT DO NOTHING RETURNING room_id, name, kind, seq, floor"""
+ADD_ROOM = """INSERT INTO rooms (room_id, name, kind, seq, floor, created_by, created_at)
+    VALUES ($1, $2, $3, 0, 0, $4, $5) ON CONFLICT DO NOTHING RETURNING room_id"""
 COUNT_ROOMS = """SELECT count(*) AS rooms FROM rooms
     WHERE created_by = $1 AND kind IN ('public', 'private')"""
 SET_ROOM = "UPDATE rooms SET name = $2, kind = $3 WHERE room_id = $1"
@@ -597,7 +601,7 @@ GET_ROLE = "SELECT room_id, username, role FROM members WHERE room_id = $1 AND u
 # Owners, moderators, members: the alphabet falls as their ranks do.
 GET_HEIR = """SELECT username, role FROM members WHERE room_id = $1 AND username <> $2
     AND role <> 'banned' ORDER BY role DESC, since, username"""
-LIST_JOINED = "SELECT room_id FROM members WHERE username = $1"
+LIST_ROLES = "SELECT room_id, role FROM members WHERE username = $1 ORDER BY room_id"
 SET_ROLE = """INSERT INTO members (room_id, username, role, read_seq, since) VALUES
     ($1, $2, $3, $4, $4) ON CONFLICT (room_id, username) DO UPDATE SET role = excluded.role"""
 DROP_MEMBER = "DELETE FROM members WHERE room_id = $1 AND username = $2"
@@ -727,11 +731,14 @@ class Transaction:
         self.events: list[dict[str, Any]] = []
         self.notes: list[tuple[str, str, Any]] = []
 
+    def lock(self, names: Iterable[str]) -> Operation:
+        """Has rooms at hand, in a fixed order, so that no two transactions await each other."""
+        found = yield LOCK_ROOM + self.row_lock, [(name,) for name in sorted(names)]
+        self.rooms |= {row["room_id"]: dict(row) for row in found if row["kind"] != "deleted"}
+
     def run(self, commands: Sequence[Command]) -> Operation:
         """Does commands in order, each with its rooms and roles at hand; returns their outcomes."""
-        names = sorted({room_id for one in commands for room_id in one.rooms()})
-        locked = yield LOCK_ROOM + self.row_lock, [(name,) for name in names]
-        self.rooms = {row["room_id"]: dict(row) for row in locked if row["kind"] != "deleted"}
+        yield from self.lock({room_id for one in commands for room_id in one.rooms()})
         pairs = {(room_id, one.me) for one in commands for room_id in one.rooms()}
         found = yield GET_ROLE, [*pairs]
         self.roles = {(row["room_id"], row["username"]): row["role"] for row in found}
@@ -815,7 +822,8 @@ class Transaction:
         theirs, rank = found and found["role"], RANKS[role or "visitor"]
         if self.rooms[room_id]["kind"] == "direct":
             raise ChatError(403, "a direct room always has the same two members")
-        if not (theirs or role) or not (yield from first(GET_USER, username)):
+        user = (yield from first(GET_USER + self.row_lock, username)) if role else theirs
+        if not user:
             raise ChatError(404, "there is no such user here")
         if theirs == "owner" != role and mine == RANKS["owner"]:
             heir = yield from first(GET_HEIR, room_id, username)
@@ -858,7 +866,7 @@ class Transaction:
         if not new and kind != "direct":
             raise ChatError(409, "this room_id is, or was, another room's")
         if room_id not in self.rooms:
-            self.rooms[room_id] = dict(new or (yield from first(LOCK_ROOM, room_id)))
+            yield from self.lock([room_id])
         for member, role in sorted(owners.items()) if new else ():
             yield from self.set_role(room_id, member, role)
         self.roles.setdefault((room_id, self.me), "member")
@@ -911,15 +919,16 @@ class Transaction:
         self.versions[user["username"]] = user["version"]
         self.notes.append(("end", user["username"], user["version"]))
 
-    def delete_user(self, rooms: Sequence[str]) -> Operation:
+    def delete_user(self) -> Operation:
         """Empties an account and leaves its rooms; the last owner's next in rank inherits."""
         self.end((yield from first(SET_USER, self.me, None, None, 1)))
-        for room_id in rooms:
-            role = self.roles.get((room_id, self.me))
-            if role and room_id in self.rooms:
-                heir = yield from first(GET_HEIR, room_id, self.me)
+        mine = yield LIST_ROLES, [(self.me,)]
+        yield from self.lock(row["room_id"] for row in mine if row["room_id"] not in self.rooms)
+        for room_id, role in [(row["room_id"], row["role"]) for row in mine]:
+            if room_id in self.rooms:
+                heir = role == "owner" and (yield from first(GET_HEIR, room_id, self.me))
                 yield from self.set_role(room_id, self.me, None)
-                if role == "owner" and heir and heir["role"] != "owner":
+                if heir and heir["role"] != "owner":
                     yield from self.set_role(room_id, heir["username"], "owner")
 
     def erase(self, rooms: Sequence[str], texts: Sequence[Row]) -> Operation:
@@ -1070,13 +1079,17 @@ class Socket:
         left = login.expires - time.time()
         self.expiry = self.loop.call_later(left, self.close, 4401, "the token has expired")
 
-    def send(self, *items: Row) -> None:
+    def write(self, data: bytes) -> None:
         """Writes frames, but none after the close frame; a replay may be further behind."""
         most = WAITING if self in self.room.live else 8 * WAITING
         if self.transport.get_write_buffer_size() > most:
             self.close(*TOO_SLOW)
         elif not self.closed:
-            self.transport.write(to_frames(items))
+            self.transport.write(data)
+
+    def send(self, *items: Row) -> None:
+        """Encodes and writes items."""
+        self.write(to_frames(items))
 
     def close(self, code: int, reason: str) -> None:
         """Sends a close frame now and soon cuts the connection, whatever the peer does."""
@@ -1118,7 +1131,8 @@ class Hub:
         self.users: defaultdict[str, set[Socket]] = defaultdict(set)
         self.waiting: dict[str, asyncio.Event] = {}  # for the next event of a room, by long polls
         self.notes: list[Any] = []  # on their way to other processes
-        self.peers: dict[tuple[str, str], tuple[set[str], float]] = {}  # who is online elsewhere
+        # Who is online elsewhere: by room and process, with the time when it was told.
+        self.peers: dict[str, dict[str, tuple[set[str], float]]] = {}
 
     def leave(self, socket: Socket) -> None:
         """Forgets a socket, and what only it needed."""
@@ -1144,10 +1158,15 @@ class Hub:
             self.notice(room_id, head)
             self.notes.append(("head", room_id, head))
 
+    def wake_polls(self, *room_ids: str) -> None:
+        """Has the long polls of rooms look again."""
+        for room_id in room_ids:
+            if room_id in self.waiting:
+                self.waiting.pop(room_id).set()
+
     def notice(self, room_id: str, head: int) -> None:
         """Takes note of how far a room's log goes; what this process has missed it reads."""
-        if room_id in self.waiting:
-            self.waiting.pop(room_id).set()
+        self.wake_polls(room_id)
         if room := self.rooms.get(room_id):
             room.head = max(room.head, head)
             reading = room.reader and not room.reader.done()
@@ -1216,8 +1235,11 @@ class Hub:
                 continue
             socket.send(*map(describe, page))
             cursor = page[-1]["seq"]
+            sent = time.monotonic()
             while not socket.closed and socket.transport.get_write_buffer_size() > WAITING // 4:
                 await asyncio.sleep(0.01)
+                if time.monotonic() - sent > SILENCE:
+                    socket.close(*TOO_SLOW)
         if not socket.closed:
             room.live.add(socket)
             self.tell_presence([socket], room, socket.told)
@@ -1241,8 +1263,9 @@ class Hub:
 
     def online(self, room_id: str | None = None) -> set[str]:
         """Returns who is connected, in any process, to a room or to any room."""
-        peers = (names for (_, name), (names, _) in self.peers.items() if room_id in (name, None))
-        return (set(self.users) if room_id is None else self.here(room_id)).union(*peers)
+        here = set(self.users) if room_id is None else self.here(room_id)
+        rooms = self.peers.values() if room_id is None else [self.peers.get(room_id, {})]
+        return here.union(*(names for told in rooms for names, _ in told.values()))
 
     def announce(self, *, again: bool) -> None:
         """Tells who came and went since the last time, here and, all of it again, elsewhere."""
@@ -1260,15 +1283,16 @@ class Hub:
         if kind == "head":
             self.notice(name, more)
         elif kind == "online":
-            self.peers[process, name] = set(more), time.monotonic()
+            self.peers.setdefault(name, {})[process] = set(more), time.monotonic()
         elif kind == "tell" and room:
             self.whisper(room.live, [more])
         elif kind == "gone":
-            self.notice(name, 0)  # long polls look again, and find no room
+            self.wake_polls(name)
             shut(room.sockets if room else (), 4404, "it was deleted")
         elif kind == "end":
             old = [one for one in self.users.get(name, ()) if one.login.version < more]
             shut(old, 4401, "this log-in has ended")
+            self.wake_polls(*self.waiting)
 
     def sweep(self) -> None:
         """Pings, cuts off who answers nothing, and forgets processes that fell silent."""
@@ -1276,10 +1300,15 @@ class Hub:
         for socket in itertools.chain.from_iterable(self.users.values()):
             if now - socket.heard > SILENCE:
                 cut(socket.transport)
-            elif now - socket.pinged > PING and not socket.closed:
+            elif now - socket.pinged > PING:
                 socket.pinged = now
-                socket.transport.write(to_frame(b"", WSMsgType.PING))
-        self.peers = {key: one for key, one in self.peers.items() if one[0] and now - one[1] < 10}
+                socket.write(to_frame(b"", WSMsgType.PING))
+        for name, told in list(self.peers.items()):
+            self.peers[name] = {
+                key: one for key, one in told.items() if one[0] and now - one[1] < 10
+            }
+            if not self.peers[name]:
+                del self.peers[name]
 
 
 # --------------------------------------------------------------------------------------------- chat
@@ -1311,13 +1340,15 @@ class Chat(Hub):
         self.hour = asyncio.Event()  # set before an hour is over when there is something to delete
         self.connected: Counter[str] = Counter()  # sockets by address
         self.strangers: set[web.WebSocketResponse] = set()  # sockets that have not logged in
-        self.hashes, self.turns = asyncio.Semaphore(HASHES), asyncio.Semaphore(2)
+        self.hashes, self.hashers = Counter[str](), ThreadPoolExecutor(2)  # hashes: by address
         self.searches = asyncio.Semaphore(2)  # which leaves connections for what is quick
         self.messages = Limiter(config.messages_per_second, config.message_burst)
+        self.changes = Limiter(config.messages_per_second, 10 * config.message_burst)  # of rooms
         self.frames = Limiter(20, 100)  # whatever else a socket sends; who floods us is cut off
         self.logins = Limiter(config.logins_per_minute / 60, config.logins_per_minute)
         hourly = config.registrations_per_hour
         self.registrations = Limiter(hourly / 3600, hourly)
+        self.limiters = (self.messages, self.changes, self.frames, self.logins, self.registrations)
 
     @contextlib.asynccontextmanager
     async def running(self, _: object = None, *, listens: bool = True) -> AsyncIterator[None]:
@@ -1339,6 +1370,7 @@ class Chat(Hub):
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=1)  # a database that hangs answers no farewell either
+            self.hashers.shutdown(wait=False, cancel_futures=True)
             await self.db.tell(self.notes)  # who was here is so no more
             await self.db.close()
 
@@ -1432,7 +1464,7 @@ class Chat(Hub):
             self.news.set()
             if count % 4 == 0:
                 self.sweep()
-                for limiter in (self.messages, self.frames, self.logins, self.registrations):
+                for limiter in self.limiters:
                     limiter.forget()
                 with contextlib.suppress(ChatError):
                     await self.poll()
@@ -1440,7 +1472,8 @@ class Chat(Hub):
     async def poll(self) -> None:
         """Looks into a shared database itself, in case a note was lost."""
         if self.db.shared:
-            for row in await self.db.run(READ, each(LOCK_ROOM, [(name,) for name in self.rooms])):
+            names = [(name,) for name in {*self.rooms, *self.waiting}]
+            for row in await self.db.run(READ, each(LOCK_ROOM, names)):
                 self.notice(row["room_id"], row["seq"])
                 self.hear("gone" if row["kind"] == "deleted" else "", row["room_id"])
             for row in await self.db.run(READ, each(GET_USER, [(name,) for name in self.users])):
@@ -1461,25 +1494,28 @@ class Chat(Hub):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.hour.wait(), 3600)
 
-    async def hash(self, function: Callable[..., Any], *values: Any, address: str = "") -> Any:
+    async def hash(self, address: str, function: Callable[..., Any], *values: Any) -> Any:
         """Runs a password function on one of two threads; refuses when too many wait already."""
-        if self.hashes.locked():
+        if self.hashes.total() >= HASHES or self.hashes[address] >= HASHES // 2:
             raise ChatError(503, "too many log-ins at once, try again soon", retry_after=2)
-        async with self.hashes, self.turns:
-            if address:  # others from there may have failed meanwhile
-                self.logins.take(address, 0)
-            return await asyncio.to_thread(function, *values)
+        self.hashes[address] += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.hashers, function, *values)
+        finally:
+            self.hashes -= Counter([address])
 
     async def verify(self, account: str, password: bytes, address: str, refusal: ChatError) -> Row:
         """Returns who has this name or e-mail and password; failures count for the address."""
         self.logins.take(address, 0)
         user = await self.db.run(READ, first(GET_USER, account))
         stored = user["password"] if user else NOBODY
-        if not await self.hash(verify_password, password, stored, address=address):
+        right = await self.hash(address, verify_password, password, stored)
+        self.logins.take(address, 0)  # others from there may have failed meanwhile
+        if not right:
             self.logins.take(address)
             raise refusal
         if not stored.startswith(f"{SCRYPT}$"):
-            hashed = await self.hash(hash_password, password)
+            hashed = await self.hash(address, hash_password, password)
             fields = {"password": hashed, "before": stored, "void": 0}
             await self.change("set_password", user["username"], **fields)
         return user  # type: ignore[no-any-return]
@@ -1509,6 +1545,8 @@ DOCS_POLICY = (
     f"{STRICT}; script-src 'self' {{script}} {CDN}; style-src 'self' 'unsafe-inline' {CDN}; "
     "connect-src 'self'; img-src 'self' data:; font-src data:; worker-src blob:"
 )
+RATES = dict.fromkeys(("post_message", "set_message"), "messages")
+RATES |= dict.fromkeys(("set_member", "create_room", "rename_room", "delete_room"), "changes")
 COUNTED = ("messages", "deliveries", "slow_readers", "batches", "batch_messages", "commit_seconds")
 
 
@@ -1556,10 +1594,10 @@ class Http(Chat):
         }
         if "limit" in fields:
             fields["limit"] = min(fields["limit"], self.config.history_limit or UNLIMITED)
-        if name in ("post_message", "set_message"):
-            if len(fields["message"] or "") > (self.config.message_length or UNLIMITED):
-                raise ChatError(400, f"message: is over {self.config.message_length} characters")
-            self.messages.take(me)
+        if len(fields.get("message") or "") > (self.config.message_length or UNLIMITED):
+            raise ChatError(400, f"message: is over {self.config.message_length} characters")
+        if name in RATES:
+            getattr(self, RATES[name]).take(me)
         return fields
 
     async def identify(self, request: web.Request) -> Login:
@@ -1570,13 +1608,15 @@ class Http(Chat):
         return await self.authenticate(token.strip())
 
     def address(self, request: web.Request) -> str:
-        """Returns the right-most address that is not a trusted proxy's."""
+        """Returns the right-most address that is not a trusted proxy's; of IPv6 its /64."""
         hops = ",".join(request.headers.getall("X-Forwarded-For", [])).split(",")
         hops = [hop.strip().removeprefix("::ffff:") for hop in (*hops, request.remote or "")]
         trusted = [ipaddress.ip_network(text, strict=False) for text in self.config.trusted_proxies]
         with contextlib.suppress(ValueError):
             while hops[1:] and any(ipaddress.ip_address(hops[-1]) in one for one in trusted):
                 hops.pop()
+            if ipaddress.ip_address(hops[-1]).version == 6:  # of which one person has 2^64
+                return str(ipaddress.ip_network(f"{hops[-1]}/64", strict=False))
         return hops[-1][:64]
 
     async def body(self, request: web.Request, form: str = "") -> Row:
@@ -1621,14 +1661,17 @@ class Http(Chat):
 
     async def wait_for(self, request: web.Request, me: str, fields: dict[str, Any]) -> Any:
         """Returns a room's next events, or none after `wait` seconds."""
-        more = self.waiting.setdefault(fields["room_id"], asyncio.Event())
-        outcome = await self.look("list_events", me, **fields)
-        if not outcome["events"]:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(more.wait(), min(fields["wait"], 30))
-            await self.identify(request)  # the log-in may have ended meanwhile
+        loop = asyncio.get_running_loop()
+        end = loop.time() + min(fields["wait"], 30)
+        while True:
+            more = self.waiting.setdefault(fields["room_id"], asyncio.Event())
             outcome = await self.look("list_events", me, **fields)
-        return outcome
+            if outcome["events"] or loop.time() >= end or self.stopping:
+                return outcome
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(end):
+                    await more.wait()
+            await self.identify(request)  # the log-in may have ended meanwhile
 
     def mark_online(self, outcome: Any) -> Any:
         """Fills in who is online, in this room or in any, which no operation knows."""
@@ -1646,8 +1689,8 @@ class Http(Chat):
         password = check_password(data, "password", self.config.password_min_length)
         if self.config.registration == "closed":
             raise ChatError(403, "registration is closed")
-        self.registrations.take(self.address(request))
-        hashed = await self.hash(hash_password, password)
+        self.registrations.take(address := self.address(request))
+        hashed = await self.hash(address, hash_password, password)
         user = await self.change("register", username, room_id="1", email=email, password=hashed)
         return answer(user, 201)
 
@@ -1679,7 +1722,7 @@ class Http(Chat):
         """Changes the caller's password and voids every token."""
         me, data = await self.confirm(request)
         password = check_password(data, "new_password", self.config.password_min_length)
-        hashed = await self.hash(hash_password, password)
+        hashed = await self.hash(self.address(request), hash_password, password)
         return answer(await self.change("set_password", me, password=hashed))
 
     async def delete_me(self, request: web.Request) -> web.Response:
@@ -1690,8 +1733,7 @@ class Http(Chat):
         await self.change("set_password", me)  # so that nothing is added meanwhile
         while data.get("erase") and (texts := await self.db.run(READ, each(LIST_TEXTS, [(me,)]))):
             await self.change("erase", me, rooms=[row["room_id"] for row in texts], texts=texts)
-        rooms = [row["room_id"] for row in await self.db.run(READ, each(LIST_JOINED, [(me,)]))]
-        return answer(await self.change("delete_user", me, rooms=rooms))
+        return answer(await self.change("delete_user", me))
 
     async def page(self, request: web.Request) -> web.Response:
         """Returns the page to chat in, or the docs; inline script and style are allowed by hash."""
@@ -1768,7 +1810,10 @@ class ChatServer(Http):
             login = await self.identify(request) if "Authorization" in request.headers else None
             if login:
                 await self.check_entry(request, login)
-            await ws.prepare(request)
+            try:
+                await ws.prepare(request)
+            except ValueError:  # of headers that are not ASCII
+                raise ChatError(400, "the handshake cannot be read") from None
             await self.converse(request, ws, login or await self.first_frame(ws))
         except ChatError as error:
             if not ws.prepared:
@@ -1864,7 +1909,7 @@ class ChatServer(Http):
                 else:
                     self.count(socket)
                     if message.type == WSMsgType.PING:
-                        socket.transport.write(to_frame(message.data, WSMsgType.PONG))
+                        socket.write(to_frame(message.data, WSMsgType.PONG))
             except ChatError as error:
                 self.count(socket)
                 self.settle(socket, data, error)
@@ -2025,12 +2070,18 @@ async def stop(app: web.Application) -> None:
     server.stopping = True
     for _ in range(100):
         await asyncio.sleep(0.01 if server.queue else 0)
-    for event in server.waiting.values():
-        event.set()
+    server.wake_polls(*server.waiting)
     shut(itertools.chain.from_iterable(server.users.values()), 1001, "shutting down")
     closing = [asyncio.ensure_future(ws.close(code=1001, drain=False)) for ws in server.strangers]
     if closing:
         await asyncio.wait(closing, timeout=1)
+
+
+async def expect(request: web.Request) -> None:
+    """Lets the body come, whatever else is expected (RFC 9110 10.1.1)."""
+    if request.headers["Expect"].lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer has not begun
 
 
 def create_app(config: Config | None = None) -> web.Application:
@@ -2042,11 +2093,11 @@ def create_app(config: Config | None = None) -> web.Application:
     app.on_response_prepare.append(add_headers)
     for method, path, name in map(str.split, ROUTES.strip().splitlines()):
         handler = getattr(server, name, None) or server.route(name, method)
-        app.router.add_route(method, path, handler)
+        app.router.add_route(method, path, handler, expect_handler=expect)
         if method == "GET" and name != "connect":
-            app.router.add_route("HEAD", path, handler)
+            app.router.add_route("HEAD", path, handler, expect_handler=expect)
     if server.config.docs_assets not in ("cdn", "off"):
-        app.router.add_static("/docs/assets", server.config.docs_assets, follow_symlinks=True)
+        app.router.add_static("/docs/assets", server.config.docs_assets)
     return app
 
 

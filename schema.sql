@@ -25,6 +25,9 @@ CREATE TABLE IF NOT EXISTS rooms (
     created_at BIGINT NOT NULL
 );
 
+INSERT INTO rooms (room_id, name, kind, seq, floor, created_by, created_at)
+VALUES ('1', 'Lobby', 'public', 0, 0, NULL, 0) ON CONFLICT (room_id) DO NOTHING;
+
 CREATE TABLE IF NOT EXISTS members (
     room_id TEXT NOT NULL,
     username TEXT NOT NULL,
@@ -58,7 +61,5 @@ CREATE UNIQUE INDEX IF NOT EXISTS events_by_client ON events (room_id, username,
 -- What the count of unread messages leaves out: one's own, and events that are no message (or no more).
 CREATE INDEX IF NOT EXISTS events_by_user ON events (room_id, username, seq) WHERE message IS NOT NULL;
 
+-- The last statement: where its index is, all has been run.
 CREATE INDEX IF NOT EXISTS events_silent ON events (room_id, seq) WHERE message IS NULL;
-
-INSERT INTO rooms (room_id, name, kind, seq, floor, created_by, created_at)
-VALUES ('1', 'Lobby', 'public', 0, 0, NULL, 0) ON CONFLICT (room_id) DO NOTHING;

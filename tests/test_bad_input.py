@@ -203,6 +203,32 @@ async def exchange(server: Server, data: bytes) -> bytes:
         writer.close()
 
 
+@pytest.mark.parametrize("name", ["Sec-WebSocket-Key", "Sec-WebSocket-Version"])
+@pytest.mark.parametrize("value", [b"\xff", "\u00b2".encode(), b"x"])
+async def test_a_strange_handshake_is_400(server: Server, name: str, value: bytes) -> None:
+    """A handshake whose headers are not what they should be is refused, without a traceback."""
+    alice = await server.user("alice")
+    headers = UPGRADE | {"Connection": "Upgrade, close", "Authorization": f"Bearer {alice.token}"}
+    lines = [f"{key}: {text}".encode() for key, text in headers.items() if key != name]
+    lines = [b"GET /websockets/chat/1 HTTP/1.1", b"Host: x", *lines, name.encode() + b": " + value]
+    answer = await exchange(server, b"\r\n".join([*lines, b"", b""]))
+    assert answer.startswith(b"HTTP/1.1 400 "), answer
+    assert b'"bad_request"' in answer
+
+
+@pytest.mark.parametrize("value", ["100-continue", "100-Continue", "miracles", "\u00ff"])
+async def test_whatever_is_expected_the_answer_comes(server: Server, value: str) -> None:
+    """A body is asked for when the client waits for that; what else is expected does no harm."""
+    alice = await server.user("alice")
+    body = b'{"message": "as expected"}'
+    lines = ["POST /rooms/1/messages HTTP/1.1", "Host: x", "Connection: close"]
+    lines += [f"Authorization: Bearer {alice.token}", f"Content-Length: {len(body)}"]
+    lines += [f"Content-Type: {JSON}", f"Expect: {value}", "", ""]
+    answer = await exchange(server, "\r\n".join(lines).encode() + body)
+    continues = answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 201 ")
+    assert continues if "100" in value else answer.startswith(b"HTTP/1.1 201 "), answer
+
+
 CANARY = "canary-in-the-header"
 MALFORMED = [
     b"\r\n\r\n\r\n",

@@ -3,12 +3,14 @@
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Start
-from tests.helpers import PASSWORD, Server, User, Wire, run, unique, until
+from tests.helpers import PASSWORD, Server, User, Wire, background, run, unique, until
 from tests.test_settings import one_line
 
 
@@ -230,6 +232,59 @@ async def test_a_direct_room_outlives_an_account(server: Server) -> None:
     (await bob.delete("/users/me", json={"password": PASSWORD})).ok(204)
     assert (await alice.post("/rooms", json=form)).ok()["room_id"] == room
     (await alice.post("/rooms", json=form | {"username": unique("none")})).refused(404)
+
+
+async def test_who_is_added_while_leaving_is_gone_too(server: Server) -> None:
+    """An account that is made a member while it is being deleted is no member afterwards."""
+    alice = await server.user("alice")
+    room = await alice.room(kind="private")
+    for _ in range(4):
+        bob = await server.user(fresh=True)
+        path = f"/rooms/{room}/members/{bob.username}"
+
+        async def add(path: str = path) -> None:
+            """Add and remove without end."""
+            while True:
+                await alice.put(path, json={})
+                await alice.delete(path)
+
+        async with background(add()):
+            (await bob.delete("/users/me", json={"password": PASSWORD})).ok(204)
+        members = (await alice.get(f"/rooms/{room}")).ok()["members"]
+        assert [member["username"] for member in members] == [alice.username]
+
+
+async def test_a_long_poll_ends_with_its_log_in(server: Server) -> None:
+    """A logout ends the caller's long polls with 401, and those of others go on."""
+    alice, bob = await server.users("alice", "bob", fresh=True)
+    room = await alice.room(bob)
+    path = f"/rooms/{room}/events?after=2&wait=30"
+    async with background(alice.get(path), bob.get(path)) as (mine, other):
+        await asyncio.wait([mine, other], timeout=0.3)
+        (await alice.post("/auth/logout")).ok(204)
+        async with asyncio.timeout(5):
+            (await mine).refused(401, "unauthorized")
+        await asyncio.wait([other], timeout=0.3)
+        assert not other.done()
+        event = await bob.say(room, "go on")
+        assert (await other).ok()["events"] == [event]
+
+
+async def test_who_stops_reading_a_replay_is_cut_off(server: Server) -> None:
+    """Who resumes and reads nothing is cut off within a minute, though they go on talking."""
+    alice = await server.user("alice")
+    room = await alice.room()
+    await fill(alice, room)
+    await fill(alice, room)
+    with closing(Wire(alice, f"{room}?after=0", buffer=4096)) as wire:
+        held = partial(wire.held_by, server.process.popen.pid)
+        began = asyncio.get_running_loop().time()
+        while held():
+            assert asyncio.get_running_loop().time() - began < 60
+            with suppress(ConnectionError):
+                wire.socket.sendall(bytes((0x8A, 0x80, 0, 0, 0, 0)))  # a pong
+            await asyncio.sleep(1)
+        assert asyncio.get_running_loop().time() - began > 10
 
 
 # --- Generous and exact

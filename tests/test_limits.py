@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+import secrets
 import socket
 import statistics
 import time
@@ -31,6 +32,7 @@ from tests.helpers import (
     Pool,
     Process,
     Server,
+    User,
     background,
     unique,
     until,
@@ -381,7 +383,51 @@ async def test_a_flood_of_log_ins_leaves_everybody_else_alone(start: Start) -> N
     (await server.login(bob.username)).ok()
 
 
+async def test_log_ins_of_one_address_leave_room_for_others(start: Start) -> None:
+    """However many log-ins one address has waiting, those of another are hashed too."""
+    server = await start(trusted_proxies="127.0.0.1", logins_per_minute=0)
+    alice, bob = await server.users("alice", "bob")
+
+    async def log_in(user: User, place: str) -> int:
+        """Log in from an address; return the status."""
+        form = {"username": user.username, "password": PASSWORD}
+        headers = {"X-Forwarded-For": place}
+        return (await server.post("/auth/token", data=form, headers=headers)).status
+
+    async with background(*(log_in(alice, "203.0.113.1") for _ in range(60))) as flood:
+        await until(lambda: any(task.done() for task in flood), "a full queue")
+        assert [await log_in(bob, "203.0.113.2") for _ in range(3)] == [200] * 3
+        statuses = await asyncio.gather(*flood)
+    assert set(statuses) == {200, 503}
+
+
+async def test_changes_of_rooms_have_a_rate_too(near: From) -> None:
+    """Who joins and leaves without end is 429 at last; what they post has a rate of its own."""
+    alice, bob = await near.users("alice", "bob", fresh=True)
+    room, answers = await alice.room(), []
+    path = f"/rooms/{room}/members/{bob.username}"
+    for _ in range(25):
+        answers += [await bob.put(path, json={}), await bob.delete(path)]
+    refused = [answer for answer in answers if answer.status == 429]
+    assert 1 <= len(refused) <= 11
+    refused[0].refused(429, "rate_limited")
+    await bob.say("1", "still here")
+
+
 # --- Who counts as where
+
+
+async def test_addresses_of_one_ipv6_network_count_as_one(limited: Limited) -> None:
+    """Whoever has a /64 has one share, not 2^64; another /64 has its own."""
+    net = f"2001:db8:{secrets.randbelow(9999)}:{secrets.randbelow(9999)}"
+    async with client(limited, address()) as server:
+        statuses = []
+        for place in (f"{net}::1", f"{net}::2", f"{net}:3::", f"{net}::4", f"{net}9::1"):
+            form = {"username": "nobody-at-all", "password": "wrong"}
+            headers = {"X-Forwarded-For": place}
+            answer = await server.post("/auth/token", data=form, headers=headers)
+            statuses.append(answer.status)
+    assert statuses == [400, 400, 400, 429, 400]
 
 
 async def test_only_the_last_untrusted_address_counts(limited: Limited) -> None:

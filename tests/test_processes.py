@@ -962,6 +962,19 @@ async def test_a_database_that_hangs_does_not_hold_up_the_shut_down(
             assert (code, told) == (0, 1001)
 
 
+async def test_a_process_starts_while_a_table_is_tended(hosts: Hosts, launch: Launch) -> None:
+    """A start waits for no VACUUM or ANALYZE that runs on the log, nor holds up others for it."""
+    connection = await asyncpg.connect(hosts.url)
+    try:
+        async with connection.transaction():
+            await connection.execute("LOCK TABLE events IN SHARE UPDATE EXCLUSIVE MODE")
+            (server,) = await launch(hosts.url, 1)
+            alice = await server.user("alice")
+            await alice.say("1", "meanwhile")
+    finally:
+        await connection.close()
+
+
 # --- Workers
 
 

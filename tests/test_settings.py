@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import re
+import secrets
 import signal
 import socket
 import stat
@@ -32,7 +33,7 @@ from tests.helpers import (
     run,
     unique,
 )
-from tests.postgres import free_port
+from tests.postgres import drop_database, execute, free_port, run_apart, with_database
 
 
 def config(folder: Path, **settings: Any) -> None:
@@ -427,6 +428,20 @@ def test_workers_need_postgres(tmp_path: Path) -> None:
     line = one_line(tmp_path, "--port", "0", "--workers", "2")
     assert "workers" in line.lower()
     assert "sqlite" in line.lower() or "postgres" in line.lower()
+
+
+def test_a_database_that_cannot_hold_every_text_is_refused(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    """A Postgres database that is not in UTF-8 stops the start, and is told why."""
+    name = f"chat_latin_{secrets.token_hex(6)}"
+    made = f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0"
+    run_apart(execute(postgres_url, made))
+    url = with_database(postgres_url, name)
+    try:
+        assert "UTF8" in one_line(tmp_path, "--port=0", database_url=url, secret_key=SECRET)
+    finally:
+        drop_database(postgres_url, url)
 
 
 def test_workers_that_cannot_start_say_so_once(tmp_path: Path) -> None:
