@@ -671,6 +671,7 @@ def iso_minute(minutes: int) -> str:
     return datetime.fromtimestamp(minutes * 60, UTC).strftime("%Y-%m-%dT%H:%M")
 
 
+@lru_cache(256)
 def iso_time(milliseconds: int) -> str:
     """Returns a stored time as ISO 8601 in UTC; quickly, since every event has one."""
     minutes, rest = divmod(milliseconds, 60_000)
