@@ -768,8 +768,8 @@ class Transaction:
         stranger = "visitor" if self.rooms[room_id]["kind"] == "public" else "banned"
         rank = RANKS[self.roles.get((room_id, self.me)) or stranger]
         if rank < RANKS[least]:
-            needed = "somebody who was let in" if least == "visitor" else f"the role of {least}"
-            raise ChatError(403, f"this room asks for {needed}, which you are not")
+            detail = f"that takes the role of {least} or above in this room"
+            raise ChatError(403, "this room is not open to you" if least == "visitor" else detail)
         return rank
 
     def add(self, room_id: str, kind: str, **fields: Any) -> dict[str, Any]:
@@ -1260,7 +1260,7 @@ class Hub:
     def here(self, room_id: str) -> set[str]:
         """Returns who is connected to a room in this process."""
         room = self.rooms.get(room_id)
-        return {socket.login.username for socket in room.sockets} if room else set()
+        return {one.login.username for one in room.sockets if not one.closed} if room else set()
 
     def online(self, room_id: str | None = None) -> set[str]:
         """Returns who is connected, in any process, to a room or to any room."""
