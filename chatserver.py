@@ -1289,7 +1289,7 @@ class Hub:
             self.whisper(room.live, [more])
         elif kind == "gone":
             self.wake_polls(name)
-            shut(room.sockets if room else (), 4404, "it was deleted")
+            shut(room.sockets if room else (), 4404, "this room was deleted")
         elif kind == "end":
             old = [one for one in self.users.get(name, ()) if one.login.version < more]
             shut(old, 4401, "this log-in has ended")
@@ -1305,10 +1305,9 @@ class Hub:
                 socket.pinged = now
                 socket.write(to_frame(b"", WSMsgType.PING))
         for name, told in list(self.peers.items()):
-            self.peers[name] = {
-                key: one for key, one in told.items() if one[0] and now - one[1] < 10
-            }
-            if not self.peers[name]:
+            kept = {key: one for key, one in told.items() if one[0] and now - one[1] < 10}
+            self.peers[name] = kept
+            if not kept:
                 del self.peers[name]
 
 
@@ -1677,10 +1676,10 @@ class Http(Chat):
     def mark_online(self, outcome: Any) -> Any:
         """Fills in who is online, in this room or in any, which no operation knows."""
         whole: Row = outcome if isinstance(outcome, dict) else {"members": outcome or ()}
-        online = self.online(whole.get("room_id"))
-        for user in whole.get("members", [whole]):
-            if "online" in user:
-                user["online"] = user["username"] in online
+        shown = [user for user in whole.get("members", [whole]) if "online" in user]
+        online = self.online(whole.get("room_id")) if shown else ()
+        for user in shown:
+            user["online"] = user["username"] in online
         return outcome
 
     async def register(self, request: web.Request) -> web.Response:
