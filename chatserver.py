@@ -31,7 +31,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import math
 import multiprocessing
 import os
 import re
@@ -253,8 +252,8 @@ def check(data: Row, name: str, default: Any = REQUIRED, *, spelled: bool = Fals
     value, rule = data.get(name), FIELDS.get(name, range(UNLIMITED + 1))
     if isinstance(rule, range) and not isinstance(default, str):
         if spelled and re.fullmatch("[0-9]{1,99}", str(value)):
-            most = UNLIMITED if name in ("limit", "wait") else math.inf
-            value = min(int(str(value)), most)
+            value = int(str(value))
+            value = min(value, UNLIMITED) if name in ("limit", "wait") else value
         if type(value) is int and value in rule:
             return value
         raise ChatError(400, f"{name}: should be a whole number from {rule[0]} to {rule[-1]}")
@@ -485,6 +484,8 @@ class Postgres:
                 pool = self.asyncpg.create_pool(max_size=size, **sizes, **self.options)
                 self.pools[begin] = await pool
             async with self.pools[WRITE].acquire() as connection:
+                if await connection.fetchval("SHOW server_encoding") != "UTF8":
+                    raise ValueError("its encoding is not UTF8, so it cannot hold every message")
                 await connection.execute("SELECT pg_advisory_lock(7304241)")
                 # Not if it was run before, since that would wait for whoever tends a table now;
                 # and one by one, so that no transaction locks two tables.
@@ -492,8 +493,6 @@ class Postgres:
                 for statement in () if ready else filter(str.strip, schema.split(";\n")):
                     await connection.execute(statement)
                 await connection.execute("SELECT pg_advisory_unlock(7304241)")
-                if await connection.fetchval("SHOW server_encoding") != "UTF8":
-                    raise ValueError("its encoding is not UTF8, so it cannot hold every message")
                 for name in ("fsync", "synchronous_commit", "full_page_writes"):
                     if await connection.fetchval("SELECT current_setting($1)", name) == "off":
                         self.warnings += (f"{name} is off in Postgres: messages can be lost",)
@@ -734,13 +733,14 @@ class Transaction:
 
     def lock(self, names: Iterable[str]) -> Operation:
         """Has rooms at hand, in a fixed order, so that no two transactions await each other."""
-        found = yield LOCK_ROOM + self.row_lock, [(name,) for name in sorted(names)]
+        missing = sorted({*names} - self.rooms.keys())
+        found = yield LOCK_ROOM + self.row_lock, [(name,) for name in missing]
         self.rooms |= {row["room_id"]: dict(row) for row in found if row["kind"] != "deleted"}
 
     def run(self, commands: Sequence[Command]) -> Operation:
         """Does commands in order, each with its rooms and roles at hand; returns their outcomes."""
-        yield from self.lock({room_id for one in commands for room_id in one.rooms()})
         pairs = {(room_id, one.me) for one in commands for room_id in one.rooms()}
+        yield from self.lock(room_id for room_id, _ in pairs)
         found = yield GET_ROLE, [*pairs]
         self.roles = {(row["room_id"], row["username"]): row["role"] for row in found}
         callers = {(one.me,) for one in commands if one.version is not None}
@@ -856,8 +856,8 @@ class Transaction:
             pair = sorted((self.me, username))
             name, owners = ", ".join(pair), dict.fromkeys(pair, "member")
             room_id = f"direct-{hashlib.sha256(name.encode()).hexdigest()[:32]}"
-            known = (yield from first(LOCK_ROOM, room_id)) or (yield from first(GET_USER, username))
-            if not known:
+            yield from self.lock([room_id])
+            if room_id not in self.rooms and not (yield from first(GET_USER, username)):
                 raise ChatError(404, "there is no such user")
         elif not room_id or room_id.startswith("direct-"):
             raise ChatError(400, "room_id: is required, and may not begin with direct-")
@@ -866,8 +866,7 @@ class Transaction:
         new = yield from first(ADD_ROOM, room_id, name or room_id, kind, self.me, self.now)
         if not new and kind != "direct":
             raise ChatError(409, "this room_id is, or was, another room's")
-        if room_id not in self.rooms:
-            yield from self.lock([room_id])
+        yield from self.lock([room_id])
         for member, role in sorted(owners.items()) if new else ():
             yield from self.set_role(room_id, member, role)
         self.roles.setdefault((room_id, self.me), "member")
@@ -924,7 +923,7 @@ class Transaction:
         """Empties an account and leaves its rooms; the last owner's next in rank inherits."""
         self.end((yield from first(SET_USER, self.me, None, None, 1)))
         mine = yield LIST_ROLES, [(self.me,)]
-        yield from self.lock(row["room_id"] for row in mine if row["room_id"] not in self.rooms)
+        yield from self.lock(row["room_id"] for row in mine)
         for room_id, role in [(row["room_id"], row["role"]) for row in mine]:
             if room_id in self.rooms:
                 heir = role == "owner" and (yield from first(GET_HEIR, room_id, self.me))
@@ -1243,7 +1242,7 @@ class Hub:
                     socket.close(*TOO_SLOW)
         if not socket.closed:
             room.live.add(socket)
-            self.tell_presence([socket], room, socket.told)
+            self.tell_presence([socket], room.room_id, socket.told, self.online(room.room_id))
 
     def whisper(self, some: Iterable[Socket], items: Sequence[Row]) -> None:
         """Sends what is never stored, if few are online, to everybody but whom it is about."""
@@ -1251,11 +1250,12 @@ class Hub:
             for socket in list(some):
                 socket.send(*(one for one in items if one["username"] != socket.login.username))
 
-    def tell_presence(self, some: Iterable[Socket], room: Room, before: set[str]) -> None:
+    def tell_presence(
+        self, some: Iterable[Socket], room_id: str, before: set[str], online: set[str]
+    ) -> None:
         """Tells sockets who came and went."""
-        online, common = self.online(room.room_id), {"type": "presence", "room_id": room.room_id}
-        news = ({"username": name, "online": name in online} for name in sorted(online ^ before))
-        self.whisper(some, [common | one for one in news])
+        common, changed = {"type": "presence", "room_id": room_id}, sorted(online ^ before)
+        self.whisper(some, [common | {"username": one, "online": one in online} for one in changed])
 
     def here(self, room_id: str) -> set[str]:
         """Returns who is connected to a room in this process."""
@@ -1275,7 +1275,7 @@ class Hub:
             if again or online != room.announced:
                 self.notes.append(("online", room_id, sorted(self.here(room_id))[:NAMES]))
             if online != room.announced:
-                self.tell_presence(room.live, room, room.announced)
+                self.tell_presence(room.live, room_id, room.announced, online)
                 room.announced = online
 
     def hear(self, kind: str, name: str, more: Any = None, process: str = "") -> None:
@@ -2093,9 +2093,10 @@ def create_app(config: Config | None = None) -> web.Application:
     app.on_response_prepare.append(add_headers)
     for method, path, name in map(str.split, ROUTES.strip().splitlines()):
         handler = getattr(server, name, None) or server.route(name, method)
-        app.router.add_route(method, path, handler, expect_handler=expect)
-        if method == "GET" and name != "connect":
-            app.router.add_route("HEAD", path, handler, expect_handler=expect)
+        if method == "GET":
+            app.router.add_get(path, handler, allow_head=name != "connect", expect_handler=expect)
+        else:
+            app.router.add_route(method, path, handler, expect_handler=expect)
     if server.config.docs_assets not in ("cdn", "off"):
         app.router.add_static("/docs/assets", server.config.docs_assets)
     return app
