@@ -1,1 +1,1 @@
-"""The tests of chatserver: real processes, real sockets, real databases."""
+"""The tests of chatserver: real sockets, real databases; read helpers.py and sockets.py first."""

@@ -1,17 +1,28 @@
-"""The fixtures: every test that asks for a server runs on SQLite and on a real Postgres."""
+"""The fixtures: every test that asks for a server runs on SQLite and on a real Postgres.
 
-import asyncio
+`chat` is one server for all tests; what they make in it is theirs alone. On Postgres a second one
+on the same database, `there`, is another process to all intents: they share no object. SQLite
+belongs to one process, so on SQLite `there` is `chat` itself. `start` makes a server of one's own.
+"""
+
 import os
+import shutil
 import signal
-from collections.abc import AsyncIterator, Iterator
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
+import chatserver
 from tests import postgres
-from tests.helpers import NO_LIMITS, SECRET, Pool, Process, Server
+from tests.helpers import Server
+from tests.words import KEY, NO_LIMITS
+
+Client = TestClient[web.Request, web.Application]
 
 
 def pytest_configure() -> None:
@@ -24,6 +35,9 @@ def missing(reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+# --- Databases
 
 
 def cluster_or_skip() -> postgres.Cluster:
@@ -89,130 +103,113 @@ def new_database(engine: str, request: pytest.FixtureRequest) -> Iterator[Databa
             postgres.drop_database(url, database)
 
 
-def is_clean(log: str) -> None:
-    """Check that a log tells of no crash, no warning of Python's and nothing left behind."""
-    for sign in ("Traceback", "Warning:", "was never awaited", "was destroyed", "Unclosed "):
-        assert sign not in log, log
+@pytest.fixture(scope="session")
+def folders() -> Iterator[Callable[[], Path]]:
+    """Give a function that makes folders for databases, where a commit is quick."""
+    made: list[str] = []
+
+    def folder() -> Path:
+        """Make a folder that goes away after the run."""
+        made.append(tempfile.mkdtemp(prefix="chat-sqlite-", dir=postgres.roomy()))
+        return Path(made[-1])
+
+    yield folder
+    for path in made:
+        shutil.rmtree(path, ignore_errors=True)
 
 
-class Shared:
-    """The server that most tests share, with the accounts that are idle at the moment."""
-
-    def __init__(self, process: Process, database: str) -> None:
-        """Keep a process and its pool of accounts."""
-        self.process = process
-        self.database = database
-        self.pool = Pool()
+# --- Servers
 
 
 @pytest.fixture(scope="session")
-def shared(new_database: Databases, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
-    """Run one server on each engine for all the tests that do not need their own."""
-    folder = tmp_path_factory.mktemp("shared")
-    database = new_database(folder)
-    settings = {**NO_LIMITS, "secret_key": SECRET, "database_url": database}
-    process = Process(folder, "--port", "0", settings=settings)
-    try:
-        process.listening()
-        yield Shared(process, database)
-        assert process.stop() == 0, process.stderr
-        is_clean(process.stderr)
-    finally:
-        process.kill()
+def cheap_passwords() -> Iterator[None]:
+    """Make a hash cost next to nothing; what it costs in earnest is tested by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chatserver, "SCRYPT", "scrypt$2$8$1")
+        yield
+
+
+def config(database: str, **settings: Any) -> chatserver.Config:
+    """Return the settings of a server without limits, and those given."""
+    fixed: dict[str, Any] = {**NO_LIMITS, "secret_key": KEY, "database_url": database}
+    return chatserver.Config(**(fixed | settings))
+
+
+@pytest.fixture(scope="session")
+async def servers(
+    cheap_passwords: None,
+    engine: str,
+    new_database: Databases,
+    folders: Callable[[], Path],
+) -> AsyncIterator[list[Server]]:
+    """Run the servers that most tests share: two on Postgres, one on SQLite."""
+    del cheap_passwords
+    url = new_database(folders())
+    count = 1 if engine == "sqlite" else 2
+    clients = [Client(TestServer(chatserver.create_app(config(url)))) for _ in range(count)]
+    for client in clients:
+        await client.start_server()
+    yield [Server(client) for client in clients]
+    for client in clients:
+        await client.close()
 
 
 @pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    """Give a client session without a limit on connections and without cookies."""
-    connector = aiohttp.TCPConnector(limit=0)
-    jar = aiohttp.DummyCookieJar()
-    timeout = aiohttp.ClientTimeout(total=40)
-    async with aiohttp.ClientSession(
-        connector=connector, cookie_jar=jar, timeout=timeout
-    ) as session:
-        yield session
+async def chat(servers: list[Server], caplog: pytest.LogCaptureFixture) -> AsyncIterator[Server]:
+    """Give the shared server; after the test it has forgotten every socket and logged no fault."""
+    yield servers[0]
+    for server in servers:
+        await server.forget()
+    is_clean(caplog)
 
 
 @pytest.fixture
-async def server(
-    shared: Shared, session: aiohttp.ClientSession, request: pytest.FixtureRequest
-) -> AsyncIterator[Server]:
-    """Give the shared server; whatever the test does to it, it logs no traceback."""
-    before = len(shared.process.stderr)
-    failed = request.session.testsfailed
-    server = Server(shared.process, session, database=shared.database, pool=shared.pool)
-    yield server
-    if request.session.testsfailed == failed:  # else who knows what became of the accounts
-        server.release()
-    is_clean(shared.process.stderr[before:])
-
-
-class Launch(Protocol):
-    """Starts a process in the test's folder, on SQLite unless it is told otherwise."""
-
-    def __call__(self, *arguments: str, folder: Path | None = None, **settings: Any) -> Process:
-        """Start it and wait until it listens."""
-
-
-@pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Launch]:
-    """Give a function that starts processes with nothing set, and end them after the test."""
-    processes: list[Process] = []
-
-    def launch(*arguments: str, folder: Path | None = None, **settings: Any) -> Process:
-        """Start a process with just these arguments and this environment."""
-        process = Process(folder or tmp_path, *arguments, settings=settings)
-        processes.append(process)
-        process.listening()
-        return process
-
-    yield launch
-    for process in processes:
-        process.kill()
+def there(chat: Server, servers: list[Server]) -> Server:
+    """Give another process on the database of `chat`, or `chat` itself on SQLite."""
+    assert chat is servers[0]
+    return servers[-1]
 
 
 class Start(Protocol):
     """Starts a server of the test's own."""
 
-    async def __call__(
-        self, *arguments: str, strict: bool = True, database: str = "", **settings: object
-    ) -> Server:
-        """Start it with these arguments and settings, on a fresh database or a given one."""
+    async def __call__(self, beside: Server | None = None, **settings: Any) -> Server:
+        """Start it with these settings, on a fresh database or on that of another process."""
 
 
 @pytest.fixture
 async def start(
-    new_database: Databases, session: aiohttp.ClientSession, tmp_path: Path
+    cheap_passwords: None,
+    new_database: Databases,
+    folders: Callable[[], Path],
+    aiohttp_client: Callable[[web.Application], Awaitable[Client]],
+    caplog: pytest.LogCaptureFixture,
 ) -> AsyncIterator[Start]:
-    """Give a function that starts servers; after the test each of them ends in good order."""
-    processes: list[Process] = []
+    """Give a function that starts servers; those that still run after the test stop in order."""
+    del cheap_passwords
+    started: list[Server] = []
 
-    async def start(
-        *arguments: str, strict: bool = True, database: str = "", **settings: object
-    ) -> Server:
-        """Start a server in a folder of its own."""
-        folder = tmp_path / f"server-{len(processes) + 1}"
-        folder.mkdir()
-        url = database or await asyncio.to_thread(new_database, folder)
-        both = {**NO_LIMITS, "secret_key": SECRET, "database_url": url, **settings}
-
-        def launch() -> Process:
-            """Start the process, the first time or again."""
-            process = Process(folder, "--port", "0", *arguments, settings=both, strict=strict)
-            processes.append(process)
-            return process
-
-        process = launch()
-        await asyncio.to_thread(process.listening)
-        return Server(process, session, database=url, restart=launch)
+    async def start(beside: Server | None = None, **settings: Any) -> Server:
+        """Start a server; a second one on a file of SQLite's is the first one."""
+        if beside and beside.runs and not beside.config.shared:
+            return beside
+        url = beside.config.database_url if beside else new_database(folders())
+        app = chatserver.create_app(config(url, **settings))
+        started.append(Server(await aiohttp_client(app)))
+        return started[-1]
 
     yield start
-    try:
-        for process in processes:
-            if process.popen.poll() is None:
-                code = await asyncio.to_thread(process.stop)
-                assert code == 0, process.stderr
-            is_clean(process.stderr)
-    finally:
-        for process in processes:
-            process.kill()
+    for server in started:
+        await server.forget()
+    is_clean(caplog)
+
+
+def is_clean(caplog: pytest.LogCaptureFixture) -> None:
+    """Check that nothing was logged as a fault, but what the test has cleared away."""
+    faults = [
+        record.getMessage()
+        for record in caplog.get_records("call")
+        if record.name in ("chatserver", "asyncio", "aiohttp.web") and record.levelname != "WARNING"
+        if record.levelname in ("ERROR", "CRITICAL") or record.exc_info
+    ]
+    assert not faults, faults

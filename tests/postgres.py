@@ -11,8 +11,9 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,6 +49,16 @@ class MissingError(Exception):
     """There is no Postgres to be had here; the message says why."""
 
 
+def roomy() -> str | None:
+    """Return the folder for temporary databases: in memory, if there is enough, since fsync waits.
+
+    What is on disk after a power cut is tested by killing processes, not by the disk.
+    """
+    memory = Path("/dev/shm")  # noqa: S108
+    enough = memory.is_dir() and os.access(memory, os.W_OK)
+    return str(memory) if enough and shutil.disk_usage(memory).free > 2**30 else None
+
+
 def free_port() -> int:
     """Return a port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as probe:
@@ -80,7 +91,7 @@ def with_database(url: str, name: str) -> str:
 def create_database(url: str) -> str:
     """Create a fresh database beside the one at `url` and return its URL."""
     name = f"chat_test_{secrets.token_hex(6)}"
-    run_apart(execute(url, f"CREATE DATABASE {name}"))
+    run_apart(execute(url, f"CREATE DATABASE {name} TEMPLATE template0"))
     return with_database(url, name)
 
 
@@ -124,6 +135,22 @@ def account() -> str | None:
     raise MissingError(reason)
 
 
+@asynccontextmanager
+async def outage(url: str) -> AsyncIterator[None]:
+    """Let nobody reach this one database for as long as the block lasts."""
+    name = urlsplit(url).path.lstrip("/")
+    beside = with_database(url, "postgres")
+    await execute(
+        beside,
+        f"ALTER DATABASE {name} ALLOW_CONNECTIONS false",
+        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'",  # noqa: S608
+    )
+    try:
+        yield
+    finally:
+        await execute(beside, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+
 class Cluster:
     """One Postgres of one's own, on a free port, in a temporary folder that goes with it."""
 
@@ -133,7 +160,7 @@ class Cluster:
         self.port = free_port()
         self.url = f"postgresql://chat@127.0.0.1:{self.port}/postgres"
         # Not below pytest's folders: they are closed to every other account.
-        self.folder = Path(tempfile.mkdtemp(prefix="chat-postgres-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="chat-postgres-", dir=roomy()))
         self.data = self.folder / "data"
         self.log = self.folder / "postgres.log"
         try:

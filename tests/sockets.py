@@ -1,0 +1,228 @@
+"""Sockets as the tests hold them: `Socket` speaks the protocol, `Wire` is nothing but bytes."""
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+from aiohttp import WSMsgType
+
+from tests.words import NUMBERED, PATIENCE, Event, is_refusal, tell, unique
+
+if TYPE_CHECKING:
+    from tests.helpers import Room, Server, User
+
+
+class Socket:
+    """A user's socket to a room, which holds each numbered event against the one before it."""
+
+    def __init__(self, user: "User", room: "Room", **query: Any) -> None:
+        """Prepare to connect; `after` and `epoch` go into the query."""
+        self.user, self.room, self.query = user, room, query
+        self.name = user.name
+        self.frames: list[Event] = []
+        self.cursor: int | None = None  # the number of the event that came last
+        self.code: int | None = None
+        self.reason = ""
+
+    async def connect(self, *, header: bool = True) -> Self:
+        """Connect; with the header one is logged in, and waits for the hello."""
+        query = "&".join(f"{name}={value}" for name, value in self.query.items())
+        url = self.user.server.url(f"/websockets/chat/{self.room.room_id}?{query}")
+        headers = {"Authorization": f"Bearer {self.user.token}"} if header else {}
+        session = self.user.server.client.session
+        self.ws = await session.ws_connect(url, headers=headers, max_msg_size=0)
+        self.user.server.sockets.append(self)
+        if header:
+            await self.hears(type="hello")
+        return self
+
+    # What one says
+
+    async def send(self, **frame: Any) -> None:
+        """Send a frame."""
+        await self.ws.send_json(frame)
+
+    async def say(self, text: str, **more: Any) -> Event:
+        """Send a message, and wait until it comes back: then it is stored."""
+        client_id = more.setdefault("client_id", unique("id"))
+        await self.send(message=text, **more)
+        return await self.hears(text, client_id=client_id)
+
+    async def ask(self, code: str = "", **frame: Any) -> Event:
+        """Send a frame that is refused; return the error, which names the frame."""
+        await self.send(**frame)
+        return await self.is_refused(code)
+
+    # What one hears
+
+    async def next(self) -> Event:
+        """Return the next frame, of whatever type; events come in order, without a gap."""
+        message = await self.ws.receive(timeout=PATIENCE)
+        if message.type is not WSMsgType.TEXT:
+            self.code = self.ws.close_code or 1006
+            self.reason = str(message.extra or "")
+            raise ConnectionResetError(self.code, self.reason)
+        frame: Event = json.loads(message.data)
+        self.frames.append(frame)
+        if frame["type"] == "hello":
+            self.cursor = self.query.get("after", frame["seq"])
+        elif frame["type"] == "reset":
+            self.cursor = frame["seq"]
+        elif frame["type"] in NUMBERED:
+            assert self.cursor is not None, f"before hello: {frame}"
+            assert frame["seq"] == self.cursor + 1, f"after {self.cursor}: {frame}"
+            self.cursor = frame["seq"]
+        return frame
+
+    async def hears(self, message: str | None = None, **fields: Any) -> Event:
+        """Read until a frame comes that has this text, or these fields."""
+        wanted = fields if message is None else {"type": "message", "message": message, **fields}
+        began = len(self.frames)
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while not wanted.items() <= (await self.next()).items():
+                    pass
+        except (TimeoutError, ConnectionResetError) as error:
+            pytest.fail(f"{wanted} did not come but {self.frames[began:]} and {error!r}")
+        return self.frames[-1]
+
+    async def reaches(self, seq: int) -> None:
+        """Read until the event of this number has come."""
+        while self.cursor is None or self.cursor < seq:
+            await self.hears(seq=max(seq, self.cursor or 0))
+
+    async def is_refused(self, code: str = "") -> Event:
+        """Wait for an error, check its shape and return it."""
+        error = await self.hears(type="error")
+        is_refusal(error, code)
+        return error
+
+    async def is_closed(self) -> int:
+        """Read on until the server closes; return the code, 1006 without a close frame."""
+        async with asyncio.timeout(PATIENCE):
+            with suppress(ConnectionResetError):
+                while True:
+                    await self.next()
+        assert self.code is not None
+        return self.code
+
+    def heard(self, **fields: Any) -> list[Event]:
+        """Return the frames so far that have these fields."""
+        return [frame for frame in self.frames if fields.items() <= frame.items()]
+
+    @property
+    def hello(self) -> Event:
+        """Return the greeting."""
+        return self.heard(type="hello")[-1]
+
+    @property
+    def events(self) -> list[Event]:
+        """Return the numbered events so far."""
+        return [frame for frame in self.frames if frame["type"] in NUMBERED]
+
+    @property
+    def story(self) -> list[str]:
+        """Return the events so far in a few words."""
+        return [tell(event) for event in self.events]
+
+    # How one goes
+
+    async def leave(self) -> None:
+        """Close in the orderly way, but wait for nobody."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await self.ws.close()
+
+    def drop(self) -> None:
+        """Lose the connection, as in a tunnel: no close frame says good-bye."""
+        self.ws.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
+
+UPGRADE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+
+
+class Wire:
+    """A connection with no library around it: to stall, to send nonsense, to see each byte."""
+
+    def __init__(self, server: "Server", buffer: int = 0) -> None:
+        """Prepare a connection; `buffer` is how many bytes the kernel takes in unread."""
+        self.server = server
+        self.socket = socket.socket()
+        if buffer:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        self.socket.settimeout(0)
+
+    async def __aenter__(self) -> Self:
+        """Connect."""
+        url = self.server.url("/")
+        await asyncio.get_running_loop().sock_connect(self.socket, (url.host, url.port))
+        self.reader, self.writer = await asyncio.open_connection(sock=self.socket, limit=1024)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Cut the connection."""
+        self.writer.transport.abort()
+        with suppress(OSError):
+            await self.writer.wait_closed()
+
+    def send(self, data: bytes) -> None:
+        """Send bytes."""
+        self.writer.write(data)
+
+    async def head(self) -> bytes:
+        """Return the head of an answer."""
+        async with asyncio.timeout(PATIENCE):
+            return await self.reader.readuntil(b"\r\n\r\n")
+
+    async def upgrade(self, user: "User", room: "Room", query: str = "") -> Self:
+        """Become a user's socket to a room, of which nothing is read yet."""
+        lines = [
+            f"GET /websockets/chat/{room.room_id}{query} HTTP/1.1",
+            "Host: localhost",
+            f"Authorization: Bearer {user.token}",
+            *(f"{name}: {value}" for name, value in UPGRADE.items()),
+        ]
+        self.send("\r\n".join([*lines, "", ""]).encode())
+        assert (await self.head()).startswith(b"HTTP/1.1 101 ")
+        return self
+
+    def frame(self, payload: bytes, opcode: int = WSMsgType.TEXT, first: int = 0x80) -> None:
+        """Send one frame, masked with zeros."""
+        size = len(payload)
+        length = bytes([0x80 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
+        self.send(bytes([first | opcode]) + length + bytes(4) + payload)
+
+    async def frames(self) -> AsyncIterator[tuple[int, bytes]]:
+        """Yield the opcode and payload of each frame, until the connection ends."""
+        with suppress(asyncio.IncompleteReadError, ConnectionResetError):
+            while True:
+                first, size = await self.reader.readexactly(2)
+                if size > 125:
+                    wide = await self.reader.readexactly(2 if size == 126 else 8)
+                    size = int.from_bytes(wide, "big")
+                yield first & 15, await self.reader.readexactly(size)
+
+    async def close_code(self) -> int:
+        """Read to the end; return the code of the close frame, 1006 if there was none."""
+        code = 1006
+        async with asyncio.timeout(PATIENCE):
+            async for opcode, payload in self.frames():
+                if opcode == WSMsgType.CLOSE:
+                    code = int.from_bytes(payload[:2], "big")
+        return code
+
+    async def rest(self) -> bytes:
+        """Return all that comes until the server closes."""
+        async with asyncio.timeout(PATIENCE):
+            with suppress(ConnectionResetError):
+                return await self.reader.read()
+        return b""
