@@ -1,130 +1,259 @@
-"""Every transcript, client and snippet of the README is run as it stands there."""
+"""Every transcript, client, snippet and line of the README is run as it stands there."""
 
 import asyncio
-import contextlib
+import json
 import os
 import re
 import shutil
-import socket
+import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
 
-from tests.conftest import Launch, missing
-from tests.helpers import PASSWORD, ROOT, Server, until
+from chatserver import Config
+from tests import postgres
+from tests.conftest import Databases, Start, missing
+from tests.people import enrol
+from tests.processes import NO_LIMITS, ROOT, Process, running
 
 README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-SHELL = [text for language, text in BLOCKS if language == "sh"]
-SNIPPETS = [text for language, text in BLOCKS if language == "python"]
-SCRIPTS = [text for language, text in BLOCKS if language == "js"]
+GUIDE = json.loads((ROOT / "web" / "openapi.json").read_text("utf-8"))["info"]["description"]
 HERE = "http://127.0.0.1:8000"
+WELCOME = f"chatserver listening on {HERE}"
 
 
-def shown_after(block: str) -> str:
-    """Return what the README says that a block prints, with any time for its times."""
-    after = README.partition(block)[2].partition("```\n")[2]
-    shown = re.match(r"\s*\n((?: {4}.*\n)+)", after)
+def block(language: str, part: str) -> str:
+    """Return the one block of this language that has this part."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (found,) = [each for each in blocks if part in each]
+    return str(found)
+
+
+def shown_after(text: str) -> str:
+    """Return what the README says that a block prints, as a pattern with any time for its times."""
+    shown = re.match(r"```\n\n((?: {4}.*\n)+)", README.partition(text)[2])
     assert shown
-    text = re.escape(shown[1].strip())
-    return re.sub(r"2026\\-11\\-22T12:00:00\\\.000Z", r"[0-9T:.-]+Z", text)
+    pattern = re.escape(shown[1].strip().replace("\n    ", "\n"))
+    return pattern.replace(re.escape("2026-11-22T12:00:00.000Z"), "[0-9T:.-]+Z")
 
 
-async def test_the_transcript_prints_what_it_says(launch: Launch) -> None:
-    """The first commands of the README, typed one after another, answer what stands below them."""
-    url = launch("--port", "0").listening()
-    register, talk = SHELL[1:3]
-    for block in (register, talk):
-        script = block.replace(HERE, url)
-        shell = await asyncio.to_thread(
-            subprocess.run, ["bash", "-c", script], capture_output=True, text=True, check=True
-        )
-        assert re.fullmatch(shown_after(block), shell.stdout.strip()), shell.stdout
-
-
-@pytest.fixture
-def free_port() -> int:
-    """Give a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-async def follow(command: list[str], environment: dict[str, str], wanted: str) -> None:
-    """Run a client until it prints what is wanted."""
-    client = await asyncio.create_subprocess_exec(
-        *command, env={**os.environ, **environment}, stdout=asyncio.subprocess.PIPE
-    )
-    assert client.stdout
-    try:
-        async with asyncio.timeout(20):
-            while wanted not in (line := (await client.stdout.readline()).decode()):
-                assert line, "the client ended"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            client.kill()
-        await client.wait()
-
-
-async def test_the_python_client_chats(server: Server, tmp_path: Path) -> None:
-    """The client in Python posts, and prints what it hears."""
-    alice = await server.user("alice")
-    await alice.get("/rooms/1")
-    text = (
-        SNIPPETS[0].replace("alice@example.com", alice.username).replace('"1234"', repr(PASSWORD))
-    )
-    (tmp_path / "client.py").write_text(text, "utf-8")
-    command = [sys.executable, str(tmp_path / "client.py")]
-    await follow(command, {"CHAT_URL": server.url}, f"{alice.username} Hello World!")
-
-
-async def test_the_javascript_client_chats(server: Server, tmp_path: Path) -> None:
-    """The client in JavaScript logs in with its first frame, posts, and prints what it hears."""
-    if not (node := shutil.which("node")):
-        missing("node is not installed")
-    assert node
-    alice = await server.user("alice")
-    text = SCRIPTS[0].replace("alice@example.com", alice.username).replace('"1234"', repr(PASSWORD))
-    text = text.replace(HERE, server.url)
-    (tmp_path / "client.mjs").write_text(text, "utf-8")
-    version = subprocess.check_output([node, "--version"])  # noqa: S603
-    flag = ["--experimental-websocket"] if int(version[1:3]) < 22 else []
-    command = [node, *flag, str(tmp_path / "client.mjs")]
-    await follow(command, {}, f"{alice.username} Hello from JavaScript!")
-
-
-@pytest.mark.parametrize("number", [1, 2, 3])
-async def test_the_embedding_snippets_serve(number: int, tmp_path: Path, free_port: int) -> None:
-    """Each way of embedding that the README shows serves the health check."""
-    text = SNIPPETS[number].replace("8080", str(free_port))
-    (tmp_path / "program.py").write_text(text, "utf-8")
+async def shell(text: str, folder: Path, **variables: str) -> str:
+    """Run a block as somebody who types it, and return what it prints."""
     program = await asyncio.create_subprocess_exec(
-        *[sys.executable, "program.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.DEVNULL,
+        *["bash", "-euc", text],
+        cwd=folder,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
-    path = "/chat/healthz" if "add_subapp" in text else "/healthz"
+    out, err = await program.communicate()
+    assert program.returncode == 0, f"{text}: {out.decode()} {err.decode()}"
+    return out.decode()
+
+
+@asynccontextmanager
+async def started(
+    *command: str, folder: Path, **variables: str
+) -> AsyncIterator[asyncio.StreamReader]:
+    """Run a program for as long as the block lasts; yield what it prints."""
+    program = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=folder,
+        env={**os.environ, **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert program.stdout
     try:
-        answers: list[bytes] = []
-
-        def answered() -> bool:
-            """Ask once."""
-            url = f"http://127.0.0.1:{free_port}{path}"
-            answers.append(subprocess.run(["curl", "-s", url], capture_output=True).stdout)  # noqa: PLW1510, S603, S607
-            return b'"ok"' in answers[-1]
-
-        await until(answered, "the health check")
+        yield program.stdout
     finally:
-        program.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
         await program.wait()
 
 
-def test_every_test_that_the_promises_name_exists() -> None:
-    """The tests that the README names for each promise are there."""
-    promises = (ROOT / "tests" / "test_promises.py").read_text("utf-8")
-    for name in re.findall(r"`(test_\d_)…`", README):
-        assert f"def {name}" in promises, name
+async def prints(out: asyncio.StreamReader, count: int = 1, patience: float = 20) -> list[str]:
+    """Return the next lines that a program prints."""
+    async with asyncio.timeout(patience):
+        return [(await out.readline()).decode().strip() for _ in range(count)]
+
+
+def client(folder: Path, url: str) -> list[str]:
+    """Write the client in Python, which shall go to this address; return its command."""
+    text = block("python", "ws_connect").replace(HERE, url)
+    (folder / "client.py").write_text(text, "utf-8")
+    return [sys.executable, "client.py"]
+
+
+# --- The first message
+
+
+async def test_the_first_message_is_told_as_it_happens(start: Start, tmp_path: Path) -> None:
+    """Typed one after another, the commands print what stands below them; both clients chat."""
+    url = str((await start()).client.make_url("")).rstrip("/")
+    for part in ("/auth/register", "/rooms/1/messages"):
+        text = block("sh", part)
+        printed = await shell(text.replace(HERE, url), tmp_path)
+        assert re.fullmatch(shown_after(text), printed.strip()), printed
+    async with started(*client(tmp_path, url), folder=tmp_path) as out:
+        printed = "\n".join(await prints(out, 2))
+        assert re.fullmatch(shown_after(block("python", "ws_connect")), printed), printed
+    node = shutil.which("node")
+    if not node:
+        missing("no node")
+    (tmp_path / "client.mjs").write_text(block("js", "WebSocket").replace(HERE, url), "utf-8")
+    version = await shell("node --version", tmp_path)
+    flag = ["--experimental-websocket"] if int(version[1:3]) < 22 else []
+    async with started(str(node), *flag, "client.mjs", folder=tmp_path) as out:
+        assert (await prints(out, 3))[-1] == "alice Hello from JavaScript!"
+
+
+@pytest.mark.slow
+async def test_the_python_client_misses_nothing_and_says_nothing_twice(
+    new_database: Databases, tmp_path: Path
+) -> None:
+    """It waits for the server, says its message once, and after a kill -9 hears what it missed."""
+    port = postgres.free_port()
+    settings: dict[str, Any] = {**NO_LIMITS, "database_url": new_database(tmp_path), "port": port}
+    settings |= {"host": "127.0.0.1", "secret_key": "0" * 32}
+    alice = {"username": "alice", "email": "alice@example.com", "password": "1234"}
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+        process = await Process(tmp_path, **settings).ready()
+        try:
+            (await session.post("/auth/register", json=alice)).raise_for_status()
+            process.kill()
+            async with started(
+                *client(tmp_path, f"http://127.0.0.1:{port}"), folder=tmp_path
+            ) as out:
+                await asyncio.sleep(1)
+                process.start()
+                assert await prints(out) == ["alice Hello again!"]
+                process.kill()
+                process.start()
+                await process.ready()
+                (bob,) = await enrol(session, process, "bob")
+                await bob.say("1", "while you were away")
+                await bob.say("1", "and now")
+                wanted = [f"{bob.name} while you were away", f"{bob.name} and now"]
+                assert await prints(out, 2) == wanted
+            said = [event["message"] for event in await bob.log("1") if "message" in event]
+            assert said == ["Hello again!", "while you were away", "and now"]
+        finally:
+            process.kill()
+
+
+# --- Setting up, embedding, upkeep
+
+
+@pytest.mark.slow
+async def test_one_line_sets_up_and_runs_the_server(tmp_path: Path) -> None:
+    """In a fresh clone the first line makes the environment, installs, and runs the server."""
+    for name in ("chatserver.py", "schema.sql", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "web", tmp_path / "web")
+    line = block("sh", "chatserver.py\n")
+    assert shown_after(line) == re.escape(WELCOME)
+    variables = {"PORT": "0", "HOST": "127.0.0.1"}
+    async with started("bash", "-c", line, folder=tmp_path, **variables) as out:
+        last = (await prints(out, patience=120))[0]
+        assert re.fullmatch(WELCOME.replace("8000", r"\d+"), last), last
+
+
+def test_ci_runs_the_line_of_the_tests() -> None:
+    """What CI calls is what the README tells people to type."""
+    assert block("sh", "pytest") in (ROOT / ".ci" / "run").read_text("utf-8")
+
+
+@pytest.mark.slow
+async def test_the_server_is_a_part_of_a_larger_site(tmp_path: Path) -> None:
+    """The snippet serves the chat below its prefix."""
+    port = postgres.free_port()
+    text = block("python", "add_subapp").replace("8080", str(port))
+    (tmp_path / "site.py").write_text(text, "utf-8")
+    command = [sys.executable, "-u", "site.py"]
+    async with started(*command, folder=tmp_path, PYTHONPATH=str(ROOT)) as out:
+        await prints(out)
+        url = f"http://127.0.0.1:{port}/chat/healthz"
+        async with aiohttp.ClientSession() as session, session.get(url) as answer:
+            assert (await answer.json())["status"] == "ok"
+
+
+@pytest.mark.slow
+async def test_a_backup_is_made_and_put_in_place(
+    engine: str, new_database: Databases, tmp_path: Path
+) -> None:
+    """The lines copy the database of a running server and put it back; clients get a reset."""
+    number = 0 if engine == "sqlite" else 1
+    backup, restore = (block("sh", part).splitlines()[number] for part in ("VACUUM", "UPDATE"))
+    for tool in ["sqlite3"] if engine == "sqlite" else []:
+        if not shutil.which(tool):
+            missing(f"no {tool}")
+    url = new_database(tmp_path)
+    variables = {"DATABASE_URL": url, "PATH": f"{postgres.binaries()}:{os.environ['PATH']}"}
+    async with aiohttp.ClientSession() as session:
+        async with running(tmp_path, url) as [process]:
+            (alice,) = await enrol(session, process, "alice")
+            await alice.say("1", "kept")
+            await shell(backup, tmp_path, **variables)
+            await alice.say("1", "said after the backup")
+            old = await alice.ask("GET", "/rooms/1/events")
+        await shell(restore, tmp_path, **variables)
+        async with running(tmp_path, url) as [process]:
+            alice = alice.at(process)
+            assert [each.get("message") for each in await alice.log("1")] == [None, "kept"]
+            path = f"/rooms/1/events?after={old['seq'] - 1}&epoch={old['epoch']}"
+            assert (await alice.ask("GET", path, status=410))["error"] == "reset"
+            await alice.say("1", "goes on")
+
+
+# --- Claims
+
+
+def test_what_it_names_exists() -> None:
+    """Settings, files and sections that the README names are there; what it lacks is not."""
+    names = {field.name for field in fields(Config)}
+    for name in re.findall(r"\b([A-Z][A-Z_]+)=", README):
+        assert name.lower() in names or name in ("TOKEN", "TEST_DATABASE_URL"), name
+    for name in re.findall(r"--([a-z-]+)", block("sh", "--workers")):
+        assert name in names
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    headings = {
+        re.sub(r"\W+", "-", each.lower()) for each in re.findall("^## (.*)$", README, re.MULTILINE)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+
+
+def test_the_protocol_is_that_of_the_document() -> None:
+    """Frames and close codes on the one page are those that /docs tells."""
+    page = README.partition("## The protocol")[2].partition("## Embedding")[0]
+    frames = page.partition("| You receive | |")[2].partition("Close codes")[0]
+    kinds = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", frames, re.MULTILINE))))
+    shown = GUIDE.partition("| The server sends |")[2]
+    assert kinds == set(re.findall(r'^\| `\{"type": "(\w+)"', shown, re.MULTILINE))
+    codes = set(re.findall(r"\b(1\d{3}|4\d{3})\b", page.partition("Close codes")[2]))
+    table = GUIDE.partition("| Close code |")[2].partition("**A client")[0]
+    assert codes <= set(re.findall(r"\b(1\d{3}|4\d{3})\b", table))
+    assert {code for code in codes if code > "4"} == set(re.findall(r"\b(4\d{3})\b", table))
+
+
+def test_the_file_is_as_long_and_laid_out_as_it_says() -> None:
+    """Under 2,000 lines, in the sections that the README names, in that order."""
+    program = (ROOT / "chatserver.py").read_text("utf-8")
+    assert program.count("\n") < 2000
+    sections = re.findall(r"^# -+ (\w+)$", program, re.MULTILINE)
+    told = README.partition("Downwards: ")[2].partition(".")[0].split(", ")
+    assert told == sections
+
+
+def test_it_is_shorter_than_it_was() -> None:
+    """A README is read when it is short."""
+    assert len(README.encode()) <= 12_461

@@ -1,0 +1,507 @@
+"""The API document says what the server does: held against its routes, answers and frames."""
+
+import asyncio
+import copy
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import jsonschema  # type: ignore[import-untyped]
+import pytest
+
+import chatserver
+from chatserver import Config, create_app
+from tests.conftest import Databases, Start
+from tests.processes import KEY, ROOT, running
+
+FILE = ROOT / "web" / "openapi.json"
+DOCUMENT: dict[str, Any] = json.loads(FILE.read_text("utf-8"))
+COMPONENTS = DOCUMENT["components"]
+GUIDE: str = DOCUMENT["info"]["description"]
+METHODS = ("get", "post", "put", "patch", "delete")
+OPERATIONS = {
+    (method.upper(), path): operation
+    for path, item in DOCUMENT["paths"].items()
+    for method, operation in item.items()
+    if method in METHODS
+}
+SOCKET = "/websockets/chat/{room_id}"
+
+
+# --- Reading the document
+
+
+def resolve(node: dict[str, Any]) -> dict[str, Any]:
+    """Return what a node is, or what it refers to, with what it adds to that."""
+    if "$ref" not in node:
+        return node
+    place: Any = DOCUMENT
+    for name in node["$ref"].removeprefix("#/").split("/"):
+        place = place[name]
+    return {**resolve(place), **{key: value for key, value in node.items() if key != "$ref"}}
+
+
+def closed(node: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema that allows nothing but what the document names."""
+    node = copy.copy(resolve(node))
+    if "items" in node:
+        node["items"] = closed(node["items"])
+    if "properties" in node:
+        node["properties"] = {name: closed(each) for name, each in node["properties"].items()}
+        node["unevaluatedProperties"] = False
+    elif "oneOf" in node:
+        node["oneOf"] = [closed(each) for each in node["oneOf"]]
+    return node
+
+
+def validate(value: object, schema: dict[str, Any], told: str) -> None:
+    """Check a value against a schema of the document."""
+    whole = {**closed(schema), "components": COMPONENTS}
+    try:
+        jsonschema.validate(value, whole, cls=jsonschema.Draft202012Validator)
+    except jsonschema.ValidationError as error:
+        pytest.fail(f"{told}: {error.message}")
+
+
+def template_of(path: str) -> str:
+    """Return the path of the document that a request's path belongs to."""
+    path = path.partition("?")[0]
+    if path in DOCUMENT["paths"]:
+        return path
+    patterns: dict[str, str] = {re.sub(r"{\w+}", "[^/]+", each): each for each in DOCUMENT["paths"]}
+    return next(each for pattern, each in patterns.items() if re.fullmatch(pattern, path))
+
+
+def examples(node: object) -> Iterator[tuple[dict[str, Any], object]]:
+    """Yield every example with its schema."""
+    if isinstance(node, dict):
+        for example in node.get("examples", []):
+            yield node, example
+        if "example" in node:
+            yield node["schema"], node["example"]
+        for each in node.values():
+            yield from examples(each)
+
+
+def test_the_document_is_openapi_3_1_and_half_as_long_as_it_was() -> None:
+    """It says what it is, its references lead somewhere, and it repeats no schema."""
+    text = FILE.read_text("utf-8")
+    assert DOCUMENT["openapi"].startswith("3.1")
+    assert DOCUMENT["servers"] == [{"url": "."}]
+    assert len(text.encode()) <= 113_581 // 2
+    for reference in set(re.findall(r'"\$ref": "([^"]+)"', text)):
+        resolve({"$ref": reference})
+    for kind in ("parameters", "responses", "schemas"):
+        for name in COMPONENTS[kind]:
+            assert f'"#/components/{kind}/{name}"' in text, f"nobody needs {name}"
+
+
+def test_every_example_fits_its_schema() -> None:
+    """What the document shows is what it allows."""
+    found = list(examples(DOCUMENT))
+    assert len(found) > 20
+    for schema, example in found:
+        validate(example, schema, str(example))
+
+
+def test_the_log_in_is_a_form_that_swagger_can_fill_in() -> None:
+    """One body, OAuth2's, and the scheme that leads there from under any prefix."""
+    body = OPERATIONS["POST", "/auth/token"]["requestBody"]["content"]
+    assert list(body) == ["application/x-www-form-urlencoded"]
+    flow = COMPONENTS["securitySchemes"]["login"]["flows"]["password"]
+    assert flow == {"tokenUrl": "auth/token", "scopes": {}}
+
+
+def test_the_document_lists_every_route_and_no_other() -> None:
+    """The routes of the application and the operations of the document are the same."""
+    app = create_app(Config(secret_key=KEY))
+    routes = {
+        (route.method, route.resource.canonical)
+        for route in app.router.routes()
+        if route.resource and route.method not in ("HEAD", "OPTIONS", "*")
+    }
+    assert {route for route in routes if route[1] != "/web"} == set(OPERATIONS)
+
+
+def test_the_guide_tells_the_limits_that_the_program_has() -> None:
+    """Seconds and sizes in the text are those of the constants and defaults."""
+    config = Config()
+    for told in (
+        f"A ping comes every {chatserver.PING} s",
+        f"answers nothing for {chatserver.SILENCE} s",
+        f"nothing for {chatserver.STALL} s",
+        f"as their first frame, within {chatserver.LOGIN_WAIT} s",
+        f"complete within {chatserver.BODY_WAIT} s",
+        f"more than {chatserver.QUIET_ABOVE} users are online",
+        f"{config.messages_per_second} messages a second of one user",
+        f"{config.logins_per_minute} log-ins a minute that fail",
+        f"{config.registrations_per_hour} registrations an hour",
+        f"more than {config.sockets_per_user} sockets of one user",
+    ):
+        assert told in GUIDE, told
+    text, password = COMPONENTS["schemas"]["Text"], COMPONENTS["schemas"]["NewPassword"]
+    assert text["maxLength"] == config.message_length
+    assert password["description"].startswith(f"{config.password_min_length} to 1024 bytes")
+
+
+# --- Answers
+
+
+class Api:
+    """A server whose every answer is held against the document."""
+
+    def __init__(self, client: Any, before: "Api | None" = None) -> None:
+        """Speak to this server; remember which answers and errors came, also from one before."""
+        self.client = client
+        self.tokens: dict[str, str] = {}
+        self.seen: set[tuple[str, str, int]] = before.seen if before else set()
+        self.errors: list[Any] = before.errors if before else []
+
+    async def ask(
+        self, who: str, request: str, json: object = None, status: int = 0, **options: Any
+    ) -> Any:
+        """Send a request; check that the answer is documented; return its JSON."""
+        method, path = request.split(" ")
+        headers = {"Authorization": f"Bearer {self.tokens[who]}"} if who in self.tokens else {}
+        headers |= options.pop("headers", {})
+        options |= {"json": json} if json is not None else {}
+        async with self.client.request(method, path, headers=headers, **options) as answer:
+            told = f"{who} {request} {json} -> {answer.status} {(await answer.text())[:300]}"
+            assert status in (0, answer.status), told
+            operation = OPERATIONS[method, template_of(path)]
+            assert str(answer.status) in operation["responses"], f"undocumented: {told}"
+            response = resolve(operation["responses"][str(answer.status)])
+            body = await self.check(answer, response, told)
+        self.seen.add((method, template_of(path), answer.status))
+        return body
+
+    async def check(
+        self, answer: aiohttp.ClientResponse, response: dict[str, Any], told: str
+    ) -> Any:
+        """Hold headers and body against a documented response; return the body."""
+        for name, header in response.get("headers", {}).items():
+            text = answer.headers[name]
+            validate(int(text) if text.isdigit() else text, resolve(header)["schema"], told)
+        if "content" not in response:
+            assert await answer.read() == b"", told
+            return None
+        assert answer.content_type in response["content"], told
+        if answer.content_type != "application/json":
+            return await answer.text()
+        body = await answer.json()
+        validate(body, response["content"]["application/json"].get("schema", {}), told)
+        if answer.status >= 400:
+            self.errors.append(body)
+        return body
+
+    async def enrol(self, *names: str) -> None:
+        """Register people and log them in."""
+        for name in names:
+            user = {"username": name, "email": f"{name}@example.com", "password": "1234"}
+            await self.ask("", "POST /auth/register", user, 201)
+            form = {"username": f" {name}@EXAMPLE.com ", "password": "1234"}
+            token = await self.ask("", "POST /auth/token", status=200, data=form)
+            self.tokens[name] = token["access_token"]
+
+
+ALICE = {"username": "alice", "email": "alice@example.com", "password": "1234"}
+HELLO = {"message": "Hello World!"}
+ONCE = {"message": "once", "client_id": "c-1"}
+UPGRADE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+# Who asks for what, with which body, and the status of the answer. Alice owns the Lobby.
+STORY: list[tuple[str, str, Any, int]] = [
+    ("", "GET /healthz", None, 200),
+    ("", "GET /", None, 200),
+    ("", "GET /docs", None, 200),
+    ("", "GET /redoc", None, 200),
+    ("", "GET /openapi.json", None, 200),
+    ("", "POST /auth/register", {"username": "al"}, 400),
+    ("", "POST /auth/register", {"username": "bob", "email": "x@y.z", "password": "1234"}, 409),
+    ("alice", "POST /auth/renew", None, 200),
+    ("alice", "GET /users?limit=2&after=alice", None, 200),
+    ("alice", "GET /users?limit=x", None, 400),
+    ("alice", "GET /users/me", None, 200),
+    ("alice", "GET /users/bob", None, 200),
+    ("alice", "GET /users/nobody", None, 404),
+    ("alice", "GET /users/NO%20NAME", None, 400),
+    ("alice", "POST /rooms", {"name": "Tea", "kind": "private", "room_id": "tea"}, 201),
+    ("alice", "POST /rooms", {"name": "Tea", "kind": "private", "room_id": "tea"}, 409),
+    ("alice", "POST /rooms", {"name": "Чай ☕"}, 201),
+    ("alice", "POST /rooms", {"name": " "}, 400),
+    ("alice", "POST /rooms", {"kind": "direct", "username": "bob"}, 201),
+    ("bob", "POST /rooms", {"kind": "direct", "username": "alice"}, 200),
+    ("bob", "POST /rooms", {"kind": "direct", "username": "nobody"}, 404),
+    ("bob", "GET /rooms", None, 200),
+    ("alice", "GET /rooms/tea", None, 200),
+    ("bob", "GET /rooms/tea", None, 403),
+    ("bob", "GET /rooms/none", None, 404),
+    ("bob", "GET /rooms/NO", None, 400),
+    ("alice", "PATCH /rooms/tea", {"name": "Coffee"}, 200),
+    ("alice", "PATCH /rooms/tea", {"name": ""}, 400),
+    ("bob", "PATCH /rooms/1", {"name": "Mine"}, 403),
+    ("bob", "PATCH /rooms/none", {"name": "Mine"}, 404),
+    ("alice", "PUT /rooms/tea/members/bob", None, 200),
+    ("alice", "PUT /rooms/tea/members/bob", {"role": "moderator"}, 200),
+    ("alice", "PUT /rooms/tea/members/bob", {"role": "king"}, 400),
+    ("carol", "PUT /rooms/tea/members/carol", None, 403),
+    ("alice", "PUT /rooms/none/members/bob", None, 404),
+    ("alice", "PUT /rooms/tea/members/alice", {"role": "member"}, 409),
+    ("alice", "DELETE /rooms/tea/members/carol", None, 404),
+    ("alice", "DELETE /rooms/tea/members/NO%20NAME", None, 400),
+    ("alice", "DELETE /rooms/tea/members/alice", None, 409),
+    ("carol", "DELETE /rooms/tea/members/bob", None, 403),
+    ("bob", "DELETE /rooms/tea/members/bob", None, 204),
+    ("alice", "POST /rooms/1/messages", HELLO, 201),
+    ("alice", "POST /rooms/1/messages", ONCE, 201),
+    ("alice", "POST /rooms/1/messages", ONCE, 200),
+    ("alice", "POST /rooms/1/messages", {**ONCE, "message": "twice"}, 409),
+    ("alice", "POST /rooms/1/messages", {"message": "\u200b "}, 400),
+    ("carol", "POST /rooms/tea/messages", HELLO, 403),
+    ("carol", "POST /rooms/none/messages", HELLO, 404),
+    ("alice", "PATCH /rooms/1/messages/2", {"message": "Hello, World!"}, 200),
+    ("alice", "PATCH /rooms/1/messages/2", {}, 400),
+    ("bob", "PATCH /rooms/1/messages/2", HELLO, 403),
+    ("alice", "PATCH /rooms/1/messages/1", HELLO, 404),
+    ("bob", "DELETE /rooms/1/messages/2", None, 403),
+    ("alice", "DELETE /rooms/1/messages/3", None, 204),
+    ("alice", "DELETE /rooms/1/messages/999", None, 404),
+    ("alice", "DELETE /rooms/1/messages/two", None, 400),
+    ("alice", "POST /rooms/1/messages", ONCE, 200),
+    ("alice", "PATCH /rooms/1", {"name": "Lounge"}, 200),
+    ("carol", "GET /rooms/1/messages", None, 200),
+    ("carol", "GET /rooms/1/messages?before=3&limit=1", None, 200),
+    ("carol", "GET /rooms/1/messages?limit=0", None, 400),
+    ("carol", "GET /rooms/tea/messages", None, 403),
+    ("carol", "GET /rooms/none/messages", None, 404),
+    ("carol", "GET /rooms/1/events", None, 200),
+    ("carol", "GET /rooms/1/events?after=-1", None, 400),
+    ("carol", "GET /rooms/tea/events", None, 403),
+    ("carol", "GET /rooms/none/events", None, 404),
+    ("carol", "GET /rooms/1/events?after=999", None, 410),
+    ("carol", "GET /rooms/1/events?epoch=another", None, 410),
+    ("alice", "PUT /rooms/1/read", {"seq": 1}, 204),
+    ("alice", "PUT /rooms/1/read", {"seq": "1.5"}, 400),
+    ("carol", "PUT /rooms/1/read", {"seq": 1}, 403),
+    ("carol", "PUT /rooms/none/read", {"seq": 1}, 404),
+    ("carol", "GET /search?q=HELLO", None, 200),
+    ("carol", "GET /search", None, 400),
+    ("carol", "GET /search?q=hello&room_id=tea", None, 403),
+    ("carol", "GET /search?q=hello&room_id=none", None, 404),
+    ("carol", "GET /websockets/chat/1?after=x", None, 400),
+    ("carol", "GET /websockets/chat/tea", None, 403),
+    ("carol", "GET /websockets/chat/none", None, 404),
+    ("bob", "DELETE /rooms/1", None, 403),
+    ("bob", "DELETE /rooms/none", None, 404),
+    ("bob", "DELETE /rooms/NO", None, 400),
+    ("alice", "DELETE /rooms/tea", None, 204),
+    ("alice", "DELETE /users/me", {"password": "1234"}, 409),
+    ("alice", "DELETE /users/me", {"password": "wrong"}, 403),
+    ("alice", "DELETE /users/me", {}, 400),
+    ("carol", "DELETE /users/me", {"password": "1234"}, 204),
+    ("bob", "POST /auth/password", {"password": "wrong", "new_password": "2345"}, 403),
+    ("bob", "POST /auth/password", {"password": "1234", "new_password": "5"}, 400),
+    ("bob", "POST /auth/password", {"password": "1234", "new_password": "2345"}, 204),
+    ("alice", "POST /auth/logout", None, 204),
+]  # fmt: skip
+FORMS = [
+    ({"username": "alice", "password": "wrong"}, "invalid_grant"),
+    ({"username": "alice"}, "invalid_request"),
+    ({"username": "a", "password": "b", "grant_type": "code"}, "unsupported_grant_type"),
+]
+FILLED = {"room_id": "1", "username": "alice", "target": "2"}
+ANY_BODY = {"name": "x", "message": "x", "seq": 1, "role": "owner"}  # something for each operation
+
+
+async def test_every_answer_is_as_documented(start: Start) -> None:
+    """Whatever people do, status, headers and body are as documented; and all of it occurs."""
+    api = Api((await start()).client)
+    await api.enrol("alice", "bob", "carol")
+    for form, code in FORMS:
+        refused = await api.ask("", "POST /auth/token", status=400, data=form)
+        assert refused["error"] == code
+        assert refused["error_description"] == refused["detail"]
+    await refuse_strangers_and_bodies(api)
+    for who, request, body, status in STORY:
+        upgrade = {"headers": UPGRADE} if "/websockets" in request else {}
+        await api.ask(who, request, body, status, **upgrade)
+    limits: dict[str, Any] = dict.fromkeys(
+        ["messages_per_second", "logins_per_minute", "sockets_per_user"], 1
+    )
+    api = Api((await start(**limits, registrations_per_hour=1)).client, api)
+    await refuse_too_much(api)
+    api = Api((await start(registration="closed")).client, api)
+    await api.ask("", "POST /auth/register", ALICE, 403)
+    documented = {(*which, int(s)) for which, each in OPERATIONS.items() for s in each["responses"]}
+    missed = {each for each in documented - api.seen if each[2] not in (101, 503)}
+    assert missed == set()
+    for name, response in COMPONENTS["responses"].items():
+        example = response.get("content", {}).get("application/json", {}).get("example")
+        if example and name != "Unavailable":
+            assert example in api.errors, f"nothing was answered by {example}"
+
+
+async def refuse_strangers_and_bodies(api: Api) -> None:
+    """Send each operation a bad token, a body of another kind, and one that is too large."""
+    for (method, path), operation in OPERATIONS.items():
+        request = f"{method} {path.format(**FILLED)}"
+        if "security" not in operation:
+            headers = UPGRADE if path == SOCKET else {}
+            await api.ask("", request, status=401, headers={**headers, "Authorization": "none"})
+        if "requestBody" in operation:
+            plain = {"Content-Type": "text/plain"}
+            await api.ask("alice", request, status=415, data="hello", headers=plain)
+            kind = {"Content-Type": next(iter(operation["requestBody"]["content"]))}
+            await api.ask("alice", request, status=413, data="x" * 70_000, headers=kind)
+
+
+async def refuse_too_much(api: Api) -> None:
+    """Do everything that has a rate until it is refused."""
+    await api.enrol("alice")
+    await api.ask("", "POST /auth/register", ALICE, 429)
+    await api.ask("alice", "DELETE /users/me", {"password": "wrong"}, 403)
+    for operation in ("DELETE /users/me", "POST /auth/password"):
+        await api.ask("alice", operation, {"password": "1234", "new_password": "1234"}, 429)
+    await api.ask("", "POST /auth/token", status=429, data=ALICE)
+    headers = {"Authorization": f"Bearer {api.tokens['alice']}"}
+    async with api.client.ws_connect("/websockets/chat/1", headers=headers):
+        await api.ask("alice", "GET /websockets/chat/1", status=429, headers=UPGRADE)
+    post = "POST /rooms/1/messages"
+    for (method, path), operation in OPERATIONS.items():
+        if "429" in operation["responses"] and path.startswith("/rooms"):
+            request = f"{method} {path.format(**FILLED)}"
+            while "error" not in await api.ask("alice", post, HELLO):
+                pass  # until all that is allowed at once is used up
+            await api.ask("alice", request, ANY_BODY, 429)
+
+
+# --- Frames
+
+
+def described_frames() -> dict[str, set[str]]:
+    """Return the keys of each frame of the server, as the guide shows it."""
+    table = GUIDE.partition("| The server sends |")[2].partition("| Close code |")[0]
+    frames = [json.loads(text) for text in re.findall(r"^\| `(\{.*?\})` \|", table, re.MULTILINE)]
+    return {frame["type"]: set(frame) for frame in frames}
+
+
+async def test_every_frame_is_as_the_guide_shows_it(start: Start) -> None:
+    """A client that was written from the guide knows each frame, and each comes."""
+    came: dict[str, set[str]] = {}
+    api = Api((await start()).client)
+    await api.enrol("alice", "bob")
+
+    def connect(who: str, query: str = "") -> Any:
+        """Open a socket to the Lobby."""
+        headers = {"Authorization": f"Bearer {api.tokens[who]}"}
+        return api.client.ws_connect(f"/websockets/chat/1{query}", headers=headers)
+
+    async def hear(socket: Any, wanted: str) -> None:
+        """Read until such a frame comes, and remember the keys of all that come."""
+        async with asyncio.timeout(10):
+            while True:
+                frame = await socket.receive_json()
+                came.setdefault(frame["type"], set()).update(frame)
+                if "created_at" in frame:
+                    validate(frame, {"$ref": "#/components/schemas/AnyEvent"}, str(frame))
+                if frame["type"] == wanted:
+                    return
+
+    async with connect("alice", "?after=0&epoch=another") as hers:
+        await hear(hers, "reset")
+        async with connect("bob") as his:
+            await hear(his, "hello")
+            await hear(hers, "presence")
+            for frame, wanted in (
+                ({"message": "Hello World!", "client_id": "c-1"}, "message"),
+                ({"type": "message", "message": "Hello World!", "client_id": "c-1"}, "ack"),
+                ({"type": "edit", "target": 3, "message": "Hello, World!"}, "edit"),
+                ({"type": "delete", "target": 3, "client_id": "c-2"}, "delete"),
+                ({"type": "delete", "target": 999, "client_id": "c-3"}, "error"),
+            ):
+                await his.send_json(frame)
+                await hear(his, wanted)
+            await his.send_json({"type": "typing"})
+            await hear(hers, "typing")
+            await his.send_json({"type": "read", "seq": 5})
+            await hear(hers, "read")
+        await api.ask("alice", "PATCH /rooms/1", {"name": "Lounge"}, 200)
+        await hear(hers, "room")
+    shown = described_frames()
+    for keys in (came["error"], shown["error"]):
+        keys |= {"target", "retry_after"}
+    assert came == shown
+
+
+# --- Schemathesis
+
+
+def send_generated(operation: Any, mode: Any, url: str, token: str, count: int) -> None:
+    """Send generated requests for one operation; every answer is documented and no 5xx."""
+    from hypothesis import HealthCheck, Phase, given, settings  # noqa: PLC0415 - slow to import
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def send(case: Any) -> None:
+        """Send one request and look at the answer."""
+        answer = case.call(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=20)
+        shown = f"{case.method} {case.formatted_path} {case.query} {case.body!r}"
+        told = f"{shown[:600]} -> {answer.status_code} {answer.text[:300]}"
+        documented = OPERATIONS[case.method.upper(), case.path]["responses"]
+        assert answer.status_code < 500, told
+        assert str(answer.status_code) in documented, f"undocumented: {told}"
+        response = resolve(documented[str(answer.status_code)])
+        schema = response.get("content", {}).get("application/json", {}).get("schema")
+        if schema:
+            validate(answer.json(), schema, told)
+
+    send()
+
+
+@pytest.mark.slow
+async def test_schemathesis_finds_no_crash_and_no_undocumented_answer(
+    new_database: Databases, tmp_path: Path
+) -> None:
+    """Whatever follows or breaks the document is answered as the document says, never by a 5xx."""
+    import schemathesis  # noqa: PLC0415 - slow to import
+
+    schema: Any = schemathesis.openapi.from_dict(DOCUMENT)
+    operations = [result.ok() for result in schema.get_all_operations()]
+
+    def attack(url: str, token: str) -> None:
+        """Send to every operation what fits and what does not."""
+        for operation in operations:
+            which = operation.method.upper(), operation.path
+            ends = operation.path.startswith("/auth") or which == ("DELETE", "/users/me")
+            count, used = (5, "no.good.token") if ends else (25, token)
+            for mode in (
+                schemathesis.GenerationMode.POSITIVE,
+                schemathesis.GenerationMode.NEGATIVE,
+            ):
+                raw = operation.definition.raw
+                takes = raw.get("parameters") or raw.get("requestBody") or "{" in operation.path
+                if operation.path != SOCKET and (takes or mode.is_positive):
+                    send_generated(operation, mode, url, used, count)
+
+    async with (
+        running(tmp_path, new_database(tmp_path)) as [server],
+        aiohttp.ClientSession(server.url) as session,
+    ):
+        api = Api(session)
+        await api.enrol("alice")
+        await asyncio.to_thread(attack, server.url, api.tokens["alice"])
+        await api.ask("alice", "GET /healthz", status=200)
