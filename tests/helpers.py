@@ -1,5 +1,6 @@
 """Who the tests are about: a server, its users and their rooms."""
 
+import sqlite3
 from typing import Any, NamedTuple
 
 from aiohttp import web
@@ -7,6 +8,7 @@ from aiohttp.test_utils import TestClient
 from yarl import URL
 
 import chatserver
+from tests import postgres
 from tests.sockets import Socket
 from tests.words import PASSWORD, Answer, Event, tell, unique, until
 
@@ -65,6 +67,17 @@ class Server:
         room = await users[0].room(*users[1:], kind=kind)
         return [await user.enter(room) for user in users]
 
+    async def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        """Return the rows of a statement, read past the server."""
+        url = self.config.database_url
+        if self.config.shared:
+            return await postgres.read(url, sql)
+        connection = sqlite3.connect(url.removeprefix("sqlite:///"))
+        try:
+            return connection.execute(sql).fetchall()
+        finally:
+            connection.close()
+
     async def forget(self) -> None:
         """Close what the tests left open; the server then knows of no socket and no room."""
         for one in self.sockets:
@@ -95,12 +108,12 @@ class Room(NamedTuple):
     async def log(self, after: int = 0, reader: "User | None" = None) -> list[Event]:
         """Return the events after a number, page by page; they are numbered without a gap."""
         found: list[Event] = []
-        while True:
-            path = f"{self.path}/events?after={after + len(found)}&limit=50"
+        more = True
+        while more:
+            path = f"{self.path}/events?after={after + len(found)}"
             page = (await (reader or self.owner).get(path)).ok()
-            if not page["events"]:
-                break
             found += page["events"]
+            more = page["events"] and found[-1]["seq"] < page["seq"]
         assert [event["seq"] for event in found] == list(range(after + 1, page["seq"] + 1))
         return found
 

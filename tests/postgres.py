@@ -83,6 +83,15 @@ async def execute(url: str, *statements: str) -> None:
         await connection.close()
 
 
+async def read(url: str, statement: str) -> list[tuple[Any, ...]]:
+    """Return the rows of a statement on the database at `url`."""
+    connection = await asyncpg.connect(url)
+    try:
+        return [tuple(row) for row in await connection.fetch(statement)]
+    finally:
+        await connection.close()
+
+
 def with_database(url: str, name: str) -> str:
     """Return the URL of another database on the same Postgres."""
     return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))

@@ -1,120 +1,142 @@
-"""Rooms: who may see, enter, rename, leave and delete them, and what the log says of it."""
+"""Rooms: who makes them, who is in them, who may do what to whom, and how they end."""
 
 import asyncio
+import re
 from typing import Any
 
 import pytest
 
 from tests.conftest import Start
-from tests.helpers import PASSWORD, UPGRADE, Event, Server, User, unique
-
-FIELDS = {"room_id", "name", "kind", "role", "seq", "read_seq", "unread"}
-NO_TEXTS: list[Any] = [None, 5, True, [], {}]
-
-
-async def listed(user: User, room: str) -> Event | None:
-    """Return a room as the user's list of rooms shows it."""
-    rooms: list[Event] = (await user.get("/rooms")).ok()
-    found = [each for each in rooms if each["room_id"] == room]
-    return found[0] if found else None
+from tests.helpers import Room, Server, User
+from tests.sockets import UPGRADE
+from tests.words import PASSWORD, Event, unique
 
 
-async def roles(user: User, room: str) -> dict[str, str]:
-    """Return the members of a room with their roles, as the user sees them."""
-    members = (await user.get(f"/rooms/{room}")).ok()["members"]
-    return {member["username"]: member["role"] for member in members}
+async def listed(user: User, room_id: str) -> Event | None:
+    """Return a room as it stands in the user's list, or None."""
+    rooms = [room for room in (await user.get("/rooms")).ok() if room["room_id"] == room_id]
+    return rooms[0] if rooms else None
 
 
-async def test_a_fresh_database_has_a_lobby_that_the_first_account_owns(start: Start) -> None:
-    """Room 1, "Lobby", is there from the start, and its owner is who came first."""
-    server = await start()
-    first = await server.user("first")
-    second = await server.user("second")
-    lobby = await listed(first, "1")
-    assert lobby is not None
-    assert lobby.keys() == FIELDS
-    assert (lobby["name"], lobby["kind"], lobby["role"]) == ("Lobby", "public", "owner")
-    seen = await listed(second, "1")
-    assert seen is not None
-    assert (seen["role"], seen["unread"], seen["read_seq"]) == (None, 0, 0)
-    (event,) = await second.events("1")
-    assert event["type"] == "member"
-    assert (event["seq"], event["member"], event["role"]) == (1, first.username, "owner")
+def seen(room_id: str, name: str, kind: str, role: str | None, **numbers: int) -> Event:
+    """Return a room as it is shown to somebody."""
+    return {"room_id": room_id, "name": name, "kind": kind, "role": role, **numbers}
 
 
-async def test_who_creates_a_room_owns_it(server: Server) -> None:
-    """A new room answers 201, and its first event is its owner's membership."""
-    alice = await server.user("alice")
-    room = unique("den")
-    body = {"room_id": room, "name": "The Den", "kind": "private"}
-    created = (await alice.post("/rooms", json=body)).ok(201)
-    expected = {"room_id": room, "name": "The Den", "kind": "private", "role": "owner", "seq": 1}
-    assert created.items() >= expected.items()
-    assert await listed(alice, room) == created | {"read_seq": created["read_seq"]}
-    (event,) = await alice.events(room)
-    assert (event["type"], event["seq"], event["username"]) == ("member", 1, alice.username)
-    assert (event["member"], event["role"]) == (alice.username, "owner")
+async def roles(user: User, room: Room) -> dict[str, str]:
+    """Return who is what in a room, as the user sees it, by the names of the test."""
+    members = (await user.get(room.path)).ok()["members"]
+    return {member["username"].partition("-")[0]: member["role"] for member in members}
 
 
-async def test_kind_and_name_have_defaults(server: Server) -> None:
-    """A room is public and named like its id unless one says otherwise."""
-    alice = await server.user("alice")
-    room = unique("plain")
-    created = (await alice.post("/rooms", json={"room_id": room})).ok(201)
-    assert (created["kind"], created["name"]) == ("public", room)
+# --- Making rooms
+
+
+async def test_the_first_account_owns_the_lobby(start: Start) -> None:
+    """A fresh database has the public room 1, "Lobby", whose owner is who came first."""
+    chat = await start()
+    alice, bob = await chat.users("alice", "bob")
+    lobby = Room(alice, "1")
+    shown = (await bob.get("/rooms/1")).ok()
+    assert (shown["name"], shown["kind"], shown["role"]) == ("Lobby", "public", None)
+    assert await roles(bob, lobby) == {"alice": "owner"}
+    assert await lobby.story() == ["1 alice makes alice owner"]
+
+
+async def test_who_makes_a_room_owns_it(chat: Server, there: Server) -> None:
+    """A new room answers 201, is known in every process, and begins with its owner."""
+    alice = await chat.user("alice")
+    room_id = unique("made")
+    body = {"room_id": room_id, "name": "Made", "kind": "private", "more": "ignored"}
+    made = (await alice.post("/rooms", body)).ok(201)
+    assert made == {
+        "members": [{"username": alice.name, "role": "owner"}],
+        **seen(room_id, "Made", "private", "owner", seq=1, read_seq=1, unread=0),
+    }
+    assert (await alice.at(there).get(f"/rooms/{room_id}")).ok() == made
+    (event,) = await Room(alice, room_id).log()
+    assert (event["type"], event["member"], event["role"]) == ("member", alice.name, "owner")
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        *({"room_id": text} for text in ("", "-a", "_a", "a" * 65, "a b", "a/b", "a\n", "é")),
-        *({"room_id": text} for text in ("комната", "a.b", "\0", "\ud800")),
-        *({"room_id": value} for value in NO_TEXTS),
-        {"room_id": "direct-1"},
-        {"room_id": "\N{KELVIN SIGN}itchen"},
-        *({"name": text} for text in ("", "   ", "x" * 101, "a\0b", "\ud800")),
-        *({"name": value} for value in NO_TEXTS[1:]),
-        *({"kind": text} for text in ("", "secret", "PUBLIC")),
-        *({"kind": value} for value in NO_TEXTS[1:]),
-        {"kind": "direct"},
-        {"kind": "direct", "username": 5},
-    ],
+    "name", ["Tea", "愛の部屋", "\N{TEACUP WITHOUT HANDLE}", "x" * 100, "a/b?c"]
 )
-async def test_a_bad_room_is_400(server: Server, change: dict[str, Any]) -> None:
-    """Ids, names and kinds outside of the rules are refused."""
-    alice = await server.user("alice")
-    room = unique("ok")
-    body = {"room_id": room, "name": "Fine", "kind": "public"} | change
-    (await alice.post("/rooms", json=body)).refused(400, "bad_request")
-    assert await listed(alice, room) is None
+async def test_any_name_makes_a_room_twice(chat: Server, name: str) -> None:
+    """Without an id the server makes one from the name, in any script, as often as one likes."""
+    alice = await chat.user("alice")
+    made = [(await alice.post("/rooms", {"name": name})).ok(201) for _ in range(2)]
+    assert [room["name"] for room in made] == [name, name]
+    assert made[0]["kind"] == "public"
+    first, second = (room["room_id"] for room in made)
+    assert first != second
+    assert re.fullmatch("[a-z0-9][a-z0-9_-]{0,63}", first)
+    assert first.startswith("tea") or name != "Tea"
 
 
-async def test_a_room_needs_an_id(server: Server) -> None:
-    """A room that is not direct needs an id."""
-    alice = await server.user("alice")
-    (await alice.post("/rooms", json={"name": "Nameless"})).refused(400, "bad_request")
-
-
-async def test_an_id_is_given_once(server: Server) -> None:
-    """A taken id is 409, also for its owner, also after the room was deleted."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room()
+@pytest.mark.parametrize("room_id", ["a", "0", "x" * 64, "a_b-c"])
+async def test_an_id_may_be_chosen(chat: Server, room_id: str) -> None:
+    """Up to 64 small letters, digits, dashes and underlines make an id, once."""
+    alice, bob = await chat.users("alice", "bob")
+    assert (await alice.post("/rooms", {"room_id": room_id, "name": "x"})).status in {201, 409}
     for user in (alice, bob):
-        (await user.post("/rooms", json={"room_id": room})).refused(409, "conflict")
-    (await alice.delete(f"/rooms/{room}")).ok(204)
-    (await alice.post("/rooms", json={"room_id": room})).refused(409, "conflict")
+        (await user.post("/rooms", {"room_id": room_id, "name": "x"})).refused(409, "conflict")
 
 
-async def test_one_id_created_at_once_makes_one_room(server: Server) -> None:
-    """Of five who create a room of one id at the same time, one succeeds."""
-    alice, bob = await server.users("alice", "bob")
-    body = {"room_id": unique("race")}
-    work = [user.post("/rooms", json=body) for user in (alice, bob, alice, bob, alice)]
-    statuses = sorted(answer.status for answer in await asyncio.gather(*work))
-    assert statuses == [201, 409, 409, 409, 409]
+NO_TEXTS: list[Any] = [5, True, [], {}]
+BAD_ROOMS: list[Event] = [
+    *({"room_id": text} for text in ("-a", "_a", "a" * 65, "a b", "a/b", "a\n", "é", "A")),
+    *({"room_id": text} for text in ("комната", "a.b", "\0", "\ud800", "direct-1")),
+    *({"room_id": value} for value in NO_TEXTS),
+    *({"name": text} for text in ("", "   ", "x" * 101, "a\0b", "\ud800", "\u200b\u200d")),
+    *({"name": value} for value in NO_TEXTS),
+    *({"kind": text} for text in ("", "secret", "PUBLIC", "deleted")),
+    *({"kind": value} for value in NO_TEXTS),
+    {"kind": "direct"},
+    {"kind": "direct", "username": 5},
+]
 
 
-PATHS = [
+async def test_a_bad_room_is_not_made(chat: Server) -> None:
+    """Ids, names and kinds outside of the rules are refused, and nothing is made."""
+    alice = await chat.user("alice")
+    for change in BAD_ROOMS:
+        body = {"room_id": unique("ok"), "name": "Fine", "kind": "public"} | change
+        (await alice.post("/rooms", body)).refused(400, "bad_request")
+    (await alice.post("/rooms", {})).refused(400, "bad_request")
+    assert not [room for room in (await alice.get("/rooms")).ok() if room["role"]]
+
+
+async def test_one_id_made_at_once_is_one_room(chat: Server, there: Server) -> None:
+    """Of four who make a room of one id at the same time, one succeeds."""
+    alice, bob = await chat.users("alice", "bob")
+    body = {"room_id": unique("race"), "name": "x"}
+    users = (alice, bob.at(there), alice.at(there), bob)
+    answers = await asyncio.gather(*(user.post("/rooms", body) for user in users))
+    assert sorted(answer.status for answer in answers) == [201, 409, 409, 409]
+
+
+async def test_the_list_shows_public_rooms_and_ones_own(chat: Server) -> None:
+    """The list has every public room and what the caller is in, and says what is unread."""
+    alice, bob = await chat.users("alice", "bob")
+    public, closed, shared = (
+        await alice.room(),
+        await alice.room(kind="private"),
+        await alice.room(bob, kind="private"),
+    )
+    await alice.post_in(public, "one")
+    await alice.post_in(shared, "two")
+    assert await listed(bob, closed.room_id) is None
+    assert await listed(bob, public.room_id) == seen(
+        public.room_id, "room", "public", None, seq=2, read_seq=0, unread=0
+    )
+    assert await listed(bob, shared.room_id) == seen(
+        shared.room_id, "room", "private", "member", seq=3, read_seq=2, unread=1
+    )
+
+
+# --- Closed doors
+
+PATHS: list[tuple[str, str, Event | None]] = [
     ("GET", "/rooms/{room}", None),
     ("PATCH", "/rooms/{room}", {"name": "x"}),
     ("DELETE", "/rooms/{room}", None),
@@ -122,391 +144,439 @@ PATHS = [
     ("DELETE", "/rooms/{room}/members/{name}", None),
     ("GET", "/rooms/{room}/messages", None),
     ("POST", "/rooms/{room}/messages", {"message": "x"}),
-    ("PATCH", "/rooms/{room}/messages/1", {"message": "x"}),
-    ("DELETE", "/rooms/{room}/messages/1", None),
+    ("PATCH", "/rooms/{room}/messages/2", {"message": "x"}),
+    ("DELETE", "/rooms/{room}/messages/2", None),
     ("GET", "/rooms/{room}/events", None),
     ("PUT", "/rooms/{room}/read", {"seq": 1}),
     ("GET", "/search?q=x&room_id={room}", None),
+    ("GET", "/websockets/chat/{room}", None),
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "body"), PATHS)
-async def test_an_unknown_room_is_404(server: Server, method: str, path: str, body: object) -> None:
-    """A room that is not there is 404 everywhere, also under an id that no room can have."""
-    alice = await server.user("alice")
-    for room in ("no-such-room", "LOBBY", "%D0%B0", "a%2Fb", "x" * 65, "%00"):
-        url = path.format(room=room, name=alice.username)
-        answer = await alice.request(method, url, json=body)
-        if url.startswith("/search") and answer.status == 400:
-            continue  # in a query an impossible id may also be called bad input
-        answer.refused(404, "not_found")
+async def all_refused(user: User, room_id: str, status: int) -> None:
+    """Check that whatever a user asks of a room is refused with this status."""
+    for method, path, body in PATHS:
+        url = path.format(room=room_id, name=user.name)
+        headers = UPGRADE if "websockets" in path else {}
+        (await user.ask(method, url, body, headers=headers)).refused(status)
 
 
-@pytest.mark.parametrize(("method", "path", "body"), PATHS)
-async def test_a_private_room_is_403_to_strangers(
-    server: Server, method: str, path: str, body: object
-) -> None:
+@pytest.mark.parametrize("room_id", ["no-such-room", "direct-0123456789"])
+async def test_a_room_that_is_not_there_is_missing(chat: Server, room_id: str) -> None:
+    """An unknown room is 404 whatever one wants of it."""
+    await all_refused(await chat.user("alice"), room_id, 404)
+
+
+async def test_an_impossible_id_is_missing_or_bad(chat: Server) -> None:
+    """An id that no room can have is refused like any other, and crashes nothing."""
+    alice = await chat.user("alice")
+    for room_id in ("LOBBY", "%D0%B0", "a%2Fb", "x" * 65, "%00", "%2541"):
+        for method, path, body in PATHS:
+            url = path.format(room=room_id, name=alice.name)
+            assert (await alice.ask(method, url, body, headers=UPGRADE)).status in {400, 404}
+
+
+async def test_a_private_room_is_closed_to_strangers(chat: Server) -> None:
     """Who is no member of a private room gets nothing there, and no way to let themselves in."""
-    alice, bob = await server.users("alice", "bob")
+    alice, bob = await chat.users("alice", "bob")
     room = await alice.room(kind="private")
-    path = path.format(room=room, name=bob.username)
-    (await bob.request(method, path, json=body)).refused(403, "forbidden")
-    (await bob.get(f"/websockets/chat/{room}", headers=UPGRADE)).refused(403, "forbidden")
-    assert await listed(bob, room) is None
-    assert await roles(alice, room) == {alice.username: "owner"}
+    word = unique("word")
+    await alice.post_in(room, word)
+    await all_refused(bob, room.room_id, 403)
+    assert (await bob.get(f"/search?q={word}")).ok() == []
+    assert await listed(bob, room.room_id) is None
+    assert len(await room.log()) == 2
 
 
-async def test_a_public_room_is_read_by_all_and_joined_by_posting(server: Server) -> None:
+async def test_the_banned_neither_read_nor_come_back(chat: Server, there: Server) -> None:
+    """A ban shuts a public room: its history, log, search, socket and door, until it is lifted."""
+    alice, bob = await chat.users("alice", "bob")
+    room = await alice.room(bob)
+    word = unique("word")
+    await alice.post_in(room, word)
+    await bob.post_in(room, "mine")
+    await room.admit(bob, role="banned")
+    for server in (chat, there):
+        await all_refused(bob.at(server), room.room_id, 403)
+    assert (await bob.get(f"/search?q={word}")).ok() == []
+    assert await listed(bob, room.room_id) is None
+    (await bob.delete(f"{room.path}/messages/4")).refused(403)
+    (await alice.delete(f"{room.path}/members/{bob.name}")).ok(204)
+    assert len((await bob.get(f"{room.path}/messages")).ok()) == 2
+    assert (await room.story())[-2:] == ["5 alice makes bob banned", "6 alice makes bob None"]
+
+
+async def test_a_public_room_is_read_by_all_and_joined_by_posting(chat: Server) -> None:
     """A stranger may read a public room without joining it, and joins it with the first post."""
-    alice, bob = await server.users("alice", "bob")
+    alice, bob = await chat.users("alice", "bob")
     room = await alice.room()
-    await alice.say(room, "Come in")
-    (message,) = (await bob.get(f"/rooms/{room}/messages")).ok()
-    assert message["message"] == "Come in"
-    assert (await bob.get(f"/rooms/{room}")).ok()["role"] is None
-    seen = await listed(bob, room)
-    assert seen is not None
-    assert (seen["role"], seen["unread"]) == (None, 0)
-    await bob.say(room, "Thank you")
-    kinds = [(event["type"], event["username"]) for event in await bob.events(room)]
-    assert kinds[2:] == [("member", bob.username), ("message", bob.username)]
-    assert await roles(bob, room) == {alice.username: "owner", bob.username: "member"}
+    await alice.post_in(room, "Come in")
+    for path in (f"{room.path}/messages", f"{room.path}/events", room.path):
+        (await bob.get(path)).ok()
+    assert (await bob.get(room.path)).ok()["role"] is None
+    await bob.post_in(room, "Thank you")
+    await bob.post_in(room, "Nice here")
+    assert (await room.story())[1:] == [
+        *("2 alice: Come in", "3 bob makes bob member", "4 bob: Thank you", "5 bob: Nice here")
+    ]
+    assert await roles(bob, room) == {"alice": "owner", "bob": "member"}
 
 
-async def test_joining_twice_is_one_event(server: Server) -> None:
-    """Whoever has the role already gets 200, and the log says nothing new."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room()
-    for _ in range(2):
-        member = (await bob.put(f"/rooms/{room}/members/{bob.username}")).ok()
-        assert member.keys() == {"username", "role", "online"}
-        assert (member["username"], member["role"]) == (bob.username, "member")
-    assert len(await alice.events(room)) == 2
+async def test_the_removed_may_come_back_to_a_public_room_only(chat: Server) -> None:
+    """A removal from a public room does not bar the way back; from a private room it does."""
+    alice, bob = await chat.users("alice", "bob")
+    for kind, status in (("public", 200), ("private", 403)):
+        room = await alice.room(bob, kind=kind)
+        path = f"{room.path}/members/{bob.name}"
+        (await alice.delete(path)).ok(204)
+        assert (await bob.put(path)).status == status
+        assert (await bob.get(f"{room.path}/messages")).status == status
 
 
-@pytest.mark.parametrize(
-    "body",
-    [{"role": "king"}, {"role": ""}, {"role": None}, {"role": 5}, {"role": ["member"]}, [], "x"],
-)
-async def test_a_bad_role_is_400(server: Server, body: object) -> None:
-    """There are four roles and no others."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room()
-    path = f"/rooms/{room}/members/{bob.username}"
-    (await alice.put(path, json=body)).refused(400, "bad_request")
-    assert bob.username not in await roles(alice, room)
+# --- Roles
 
-
-@pytest.mark.parametrize("name", ["nobody-of-this-name", "a", "%00", "%D0%B0"])
-async def test_an_unknown_member_is_404(server: Server, name: str) -> None:
-    """Who has no account cannot become a member, nor cease to be one."""
-    alice = await server.user("alice")
-    room = await alice.room()
-    (await alice.put(f"/rooms/{room}/members/{name}", json={})).refused(404, "not_found")
-    (await alice.delete(f"/rooms/{room}/members/{name}")).refused(404, "not_found")
-
-
-async def test_who_is_not_there_cannot_be_removed(server: Server) -> None:
-    """Removing somebody who is no member is 404."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room()
-    (await alice.delete(f"/rooms/{room}/members/{bob.username}")).refused(404, "not_found")
-
-
-# Who (in the room's role) does what to a member of which role, and is it allowed?
-# None is somebody who is not in the room; "self" is the actor; the action None is a removal.
-ALLOWED: list[tuple[str, str | None, str | None, int]] = [
-    ("owner", None, "member", 200),
-    ("owner", None, "moderator", 200),
-    ("owner", None, "owner", 200),
-    ("owner", None, "banned", 200),
-    ("owner", "member", "owner", 200),
-    ("owner", "moderator", "member", 200),
-    ("owner", "moderator", "banned", 200),
-    ("owner", "owner", "member", 200),
-    ("owner", "owner", "banned", 200),
+# Who (by the role in the room) does what to whom (None: to somebody who is not in it; "self": to
+# themselves), where the role None is a removal; and how it is answered.
+RULES: list[tuple[str, str | None, str | None, int]] = [
+    *(("owner", None, role, 200) for role in ("member", "moderator", "owner", "banned")),
+    *(("owner", "member", role, 200) for role in ("moderator", "owner", "banned")),
+    *(("owner", "moderator", role, 200) for role in ("member", "banned")),
+    *(("owner", "owner", role, 200) for role in ("member", "banned")),
+    *(("owner", role, None, 204) for role in ("moderator", "owner", "banned")),
     ("owner", "banned", "member", 200),
-    ("owner", "moderator", None, 204),
-    ("owner", "owner", None, 204),
-    ("owner", "banned", None, 204),
-    ("moderator", None, "member", 200),
-    ("moderator", None, "banned", 200),
+    ("owner", "self", "moderator", 200),
+    ("owner", "self", None, 204),
+    *(("moderator", None, role, 200) for role in ("member", "banned")),
     ("moderator", "member", "banned", 200),
     ("moderator", "banned", "member", 200),
-    ("moderator", "member", None, 204),
-    ("moderator", "banned", None, 204),
-    ("moderator", "self", None, 204),
+    *(("moderator", role, None, 204) for role in ("member", "banned", "self")),
     ("moderator", "self", "member", 200),
-    ("moderator", None, "moderator", 403),
-    ("moderator", None, "owner", 403),
+    *(("moderator", None, role, 403) for role in ("moderator", "owner")),
     ("moderator", "member", "moderator", 403),
-    ("moderator", "moderator", "member", 403),
-    ("moderator", "moderator", "banned", 403),
-    ("moderator", "owner", "member", 403),
-    ("moderator", "owner", "banned", 403),
-    ("moderator", "moderator", None, 403),
-    ("moderator", "owner", None, 403),
+    ("moderator", "banned", "moderator", 403),
+    *(("moderator", "moderator", role, 403) for role in ("member", "banned", None)),
+    *(("moderator", "owner", role, 403) for role in ("member", "banned", None)),
     ("moderator", "self", "owner", 403),
     ("member", "self", None, 204),
-    ("member", "self", "moderator", 403),
-    ("member", "self", "owner", 403),
-    ("member", None, "member", 403),
-    ("member", None, "banned", 403),
-    ("member", "member", "banned", 403),
-    ("member", "member", "moderator", 403),
-    ("member", "member", None, 403),
-    ("member", "owner", None, 403),
-    ("member", "banned", None, 403),
-    ("banned", "self", "member", 403),
-    ("banned", "self", "owner", 403),
-    ("banned", "self", None, 403),
-    ("banned", "member", None, 403),
-    ("banned", "member", "banned", 403),
+    *(("member", "self", role, 403) for role in ("moderator", "owner")),
+    *(("member", None, role, 403) for role in ("member", "banned")),
+    *(("member", "member", role, 403) for role in ("banned", "moderator", None)),
+    *(("member", role, None, 403) for role in ("owner", "banned")),
+    *(("banned", "self", role, 403) for role in ("member", "owner", None)),
+    *(("banned", "member", role, 403) for role in ("banned", None)),
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "actor", "target", "role", "status"),
-    [
-        *(("private", *row) for row in ALLOWED),
-        *(("public", *row) for row in ALLOWED if row[1] in {None, "self"}),
-    ],
-)
-async def test_who_may_do_what_to_whom(  # noqa: PLR0913, PLR0917
-    server: Server, kind: str, actor: str, target: str | None, role: str | None, status: int
-) -> None:
+@pytest.mark.parametrize("kind", ["private", "public"])
+@pytest.mark.parametrize("actor", ["owner", "moderator", "member", "banned"])
+async def test_who_may_do_what_to_whom(chat: Server, there: Server, kind: str, actor: str) -> None:
     """Moderators rule those below them, owners all, members and the banned only themselves."""
-    root, doer, other = await server.users("root", "doer", "other")
+    root, doer, third = await chat.users("root", "doer", "other")
     room = await root.room(kind=kind)
-    await root.appoint(room, doer, actor)
-    if target == "self":
-        other = doer
-    elif target is not None:
-        await root.appoint(room, other, target)
-    before = await roles(root, room), await root.head(room)
-    path = f"/rooms/{room}/members/{other.username}"
-    if role is None:
-        answer = await doer.delete(path)
-    else:
-        answer = await doer.put(path, json={"role": role})
-    after = await roles(root, room), await root.head(room)
-    if status == 403:
-        answer.refused(403, "forbidden")
-        assert after == before
-        return
-    answer.ok(status)
-    assert after[0].get(other.username) == role
-    (event,) = await root.events(room, before[1])
-    assert (event["type"], event["seq"]) == ("member", before[1] + 1)
-    assert (event["username"], event["member"]) == (doer.username, other.username)
-    assert event["role"] == role
+    for _, target, role, status in (rule for rule in RULES if rule[0] == actor):
+        other = doer if target == "self" else third
+        await room.admit(doer, role=actor)
+        if target != "self":
+            await room.admit(other, role=target or "member")
+        if target is None:
+            (await root.delete(f"{room.path}/members/{other.name}")).ok(204)
+        head = (await root.get(room.path)).ok()["seq"]
+        path = f"{room.path}/members/{other.name}"
+        asker = doer.at(there)
+        answer = await (asker.put(path, {"role": role}) if role else asker.delete(path))
+        assert answer.status == status, (actor, target, role, str(answer))
+        added = await room.log(head)
+        if status == 403:
+            answer.refused(403, "forbidden")
+            assert added == []
+            continue
+        assert (answer.json if role else None) == (
+            {"username": other.name, "role": role} if role else None
+        )
+        (event,) = added
+        assert (event["type"], event["username"]) == ("member", doer.name)
+        assert (event["member"], event["role"]) == (other.name, role)
+        assert (await roles(root, room)).get(other.name.partition("-")[0]) == role
+
+
+async def test_a_stranger_may_only_let_in_themselves(chat: Server) -> None:
+    """Who is not in a public room can join it as a member, and can do nothing else there."""
+    alice, bob, carol = await chat.users("alice", "bob", "carol")
+    room = await alice.room(carol)
+    mine = f"{room.path}/members/{bob.name}"
+    for role in ("moderator", "owner", "banned"):
+        (await bob.put(mine, {"role": role})).refused(403, "forbidden")
+    for body in ({"role": "member"}, {"role": "banned"}, None):
+        (await bob.put(f"{room.path}/members/{alice.name}", body)).refused(403, "forbidden")
+    (await bob.delete(f"{room.path}/members/{carol.name}")).refused(403, "forbidden")
+    (await bob.delete(mine)).refused(404, "not_found")
+    assert (await bob.put(mine, {"role": "member"})).ok() == {
+        "username": bob.name,
+        "role": "member",
+    }
+
+
+async def test_without_a_role_one_stays_what_one_is(chat: Server) -> None:
+    """A PUT without a role lets in, and never undoes a promotion, nor says so twice."""
+    alice, bob = await chat.users("alice", "bob")
+    room = await alice.room()
+    path = f"{room.path}/members/{bob.name}"
+    for _ in range(2):
+        assert (await bob.put(path)).ok() == {"username": bob.name, "role": "member"}
+    await room.admit(bob, role="moderator")
+    assert (await bob.put(path, {})).ok() == {"username": bob.name, "role": "moderator"}
+    own = f"{room.path}/members/{alice.name}"
+    assert (await alice.put(own)).ok() == {"username": alice.name, "role": "owner"}
+    await room.admit(bob, role="moderator")
+    assert (await room.story())[1:] == ["2 bob makes bob member", "3 alice makes bob moderator"]
+
+
+async def test_a_bad_role_is_refused(chat: Server) -> None:
+    """There are four roles and no others."""
+    alice, bob = await chat.users("alice", "bob")
+    room = await alice.room()
+    bodies: list[Any] = [*({"role": role} for role in ("king", "", 5, ["member"])), [], "x"]
+    for body in bodies:
+        answer = await alice.put(f"{room.path}/members/{bob.name}", body)
+        answer.refused(400, "bad_request")
+    assert await roles(alice, room) == {"alice": "owner"}
+
+
+async def test_who_is_not_there_is_no_member(chat: Server) -> None:
+    """Nobody without an account becomes a member, and who is no member cannot be removed."""
+    alice, bob = await chat.users("alice", "bob")
+    room = await alice.room()
+    for body in ({}, {"role": "member"}, {"role": "banned"}):
+        answer = await alice.put(f"{room.path}/members/nobody-of-this-name", body)
+        answer.refused(404, "not_found")
+    for name in ("nobody-of-this-name", bob.name):
+        (await alice.delete(f"{room.path}/members/{name}")).refused(404, "not_found")
+    assert len(await room.log()) == 1
+
+
+async def test_only_moderators_see_the_banned(chat: Server) -> None:
+    """The list of members shows bans to moderators and owners, and to nobody else."""
+    root, mod, bob, troll, stranger = await chat.users("root", "mod", "bob", "troll", "stranger")
+    room = await root.room(bob)
+    await room.admit(mod, role="moderator")
+    await room.admit(troll, role="banned")
+    everybody = {"bob": "member", "mod": "moderator", "root": "owner"}
+    for user in (root, mod):
+        assert await roles(user, room) == everybody | {"troll": "banned"}
+    for user in (bob, stranger):
+        assert await roles(user, room) == everybody
+    members = (await root.get(room.path)).ok()["members"]
+    assert members == sorted(members, key=lambda member: str(member["username"]))
 
 
 @pytest.mark.parametrize("kind", ["public", "private"])
-async def test_the_last_owner_can_neither_leave_nor_step_down(server: Server, kind: str) -> None:
-    """The last owner's way out is 409 until there is another owner."""
-    alice, bob = await server.users("alice", "bob")
+async def test_the_last_owner_stays(chat: Server, there: Server, kind: str) -> None:
+    """The last owner can neither leave nor step down until there is another one."""
+    alice, bob = await chat.users("alice", "bob")
     room = await alice.room(bob, kind=kind)
-    path = f"/rooms/{room}/members/{alice.username}"
+    path = f"{room.path}/members/{alice.name}"
     (await alice.delete(path)).refused(409, "conflict")
-    for role in ("member", "moderator", "banned"):
-        (await alice.put(path, json={"role": role})).refused(409, "conflict")
-    assert await alice.head(room) == 2
-    await alice.appoint(room, bob, "owner")
-    (await alice.delete(path)).ok(204)
-    assert await roles(bob, room) == {bob.username: "owner"}
+    for role in ("member", "moderator"):
+        (await alice.at(there).put(path, {"role": role})).refused(409, "conflict")
+    assert (await alice.put(path, {"role": "banned"})).status in {403, 409}
+    await room.admit(bob, role="owner")
+    (await alice.at(there).delete(path)).ok(204)
+    assert await roles(bob, room) == {"bob": "owner"}
 
 
-async def test_two_last_owners_leaving_at_once_leave_one_behind(server: Server) -> None:
-    """When both owners leave at the same time, one of them is held back."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room()
-    await alice.appoint(room, bob, "owner")
-    work = [user.delete(f"/rooms/{room}/members/{user.username}") for user in (alice, bob)]
-    assert sorted(answer.status for answer in await asyncio.gather(*work)) == [204, 409]
+async def test_two_last_owners_cannot_both_leave_at_once(chat: Server, there: Server) -> None:
+    """When both owners leave, or both step down, at the same time, one of them is held back."""
+    alice, bob = await chat.users("alice", "bob")
+    for way in ("DELETE", "PUT"):
+        room = await alice.room()
+        await room.admit(bob, role="owner")
+        work = [
+            user.ask(way, f"{room.path}/members/{user.name}", {"role": "member"})
+            for user in (alice, bob.at(there))
+        ]
+        statuses = [answer.status for answer in await asyncio.gather(*work)]
+        assert sorted(statuses)[1] == 409, statuses
+        assert "owner" in (await roles(alice, room)).values()
 
 
-async def test_the_removed_may_come_back_to_a_public_room_only(server: Server) -> None:
-    """A removal from a public room does not bar the way back; from a private room it does."""
-    alice, bob = await server.users("alice", "bob")
-    for kind, status in (("public", 200), ("private", 403)):
-        room = await alice.room(bob, kind=kind)
-        path = f"/rooms/{room}/members/{bob.username}"
-        (await alice.delete(path)).ok(204)
-        assert (await bob.put(path)).status == status
-        assert (await bob.get(f"/rooms/{room}/messages")).status == status
+async def test_two_who_change_each_other_at_once_are_both_answered(
+    chat: Server, there: Server
+) -> None:
+    """Changes that concern the same people in the other order do not wait for each other."""
+    alice, bob = await chat.users("alice", "bob")
+    rooms = [await alice.room() for _ in range(6)]
+    for room in rooms:
+        await room.admit(bob, role="owner")
+    work = []
+    for room in rooms:
+        work += [
+            alice.put(f"{room.path}/members/{bob.name}", {"role": "moderator"}),
+            bob.at(there).put(f"{room.path}/members/{alice.name}", {"role": "moderator"}),
+        ]
+    statuses = [answer.status for answer in await asyncio.gather(*work)]
+    assert set(statuses) <= {200, 403}, statuses
+    assert statuses.count(200) == len(rooms)
 
 
-async def test_the_banned_neither_read_nor_join(server: Server) -> None:
-    """A ban from a public room shuts its history, its log, its socket and its door."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room(bob)
-    word = unique("word")
-    await alice.say(room, word)
-    await alice.appoint(room, bob, "banned")
-    for method, path, body in PATHS:
-        path = path.format(room=room, name=bob.username)  # noqa: PLW2901
-        (await bob.request(method, path, json=body)).refused(403, "forbidden")
-    (await bob.get(f"/websockets/chat/{room}", headers=UPGRADE)).refused(403, "forbidden")
-    assert (await bob.get(f"/search?q={word}")).ok() == []
-    (await alice.delete(f"/rooms/{room}/members/{bob.username}")).ok(204)
-    (await bob.get(f"/rooms/{room}/messages")).ok()
+# --- Direct rooms
 
 
-async def test_only_moderators_see_the_banned(server: Server) -> None:
-    """The list of members shows bans to moderators and owners, and to nobody else."""
-    root, mod, bob, troll = await server.users("root", "doer", "bob", "other")
-    room = await root.room(bob)
-    await root.appoint(room, mod, "moderator")
-    await root.appoint(room, troll, "banned")
-    everybody = {root.username: "owner", mod.username: "moderator", bob.username: "member"}
-    for user in (root, mod):
-        assert await roles(user, room) == everybody | {troll.username: "banned"}
-    stranger = await server.user("alice")
-    for user in (bob, stranger):
-        assert await roles(user, room) == everybody
-    assert list(await roles(root, room)) == sorted([*everybody, troll.username])
+async def test_a_direct_room_is_the_same_from_both_sides(chat: Server, there: Server) -> None:
+    """A direct room is made once for two people, and is found by either ever after."""
+    alice, bob = await chat.users("alice", "bob")
+    body = {"kind": "direct", "username": bob.name.upper()}
+    made = (await alice.post("/rooms", body)).ok(201)
+    other = {"kind": "direct", "username": alice.name, "name": "Another name", "room_id": "x"}
+    found = (await bob.at(there).post("/rooms", other)).ok(200)
+    assert found["room_id"] == made["room_id"]
+    assert found["name"] == made["name"]
+    assert (made["kind"], made["role"], found["role"]) == ("direct", "member", "member")
+    room = Room(alice, made["room_id"])
+    assert await roles(bob, room) == {"alice": "member", "bob": "member"}
+    assert sorted(await room.story()) == ["1 alice makes alice member", "2 alice makes bob member"]
+    await alice.post_in(room, "psst")
+    assert (await listed(bob, room.room_id) or {})["unread"] == 1
+    (await bob.post("/rooms", other)).ok(200)
 
 
-async def test_a_direct_room_is_the_same_from_both_sides(server: Server) -> None:
-    """A direct room is created once for two people, with both as equal members."""
-    alice, bob = await server.users("alice", "bob", fresh=True)
-    first = {"kind": "direct", "username": bob.username.upper()}
-    created = (await alice.post("/rooms", json=first)).ok(201)
-    again = {"kind": "direct", "username": alice.username, "name": "Another name"}
-    found = (await bob.post("/rooms", json=again)).ok(200)
-    room = created["room_id"]
-    assert found["room_id"] == room
-    assert (created["kind"], created["role"]) == ("direct", "member")
-    assert found["name"] == created["name"]
-    assert await roles(bob, room) == {alice.username: "member", bob.username: "member"}
-    assert (await listed(alice, room)) is not None
-    members = [e["member"] for e in await alice.events(room) if e["type"] == "member"]
-    assert sorted(members) == sorted([alice.username, bob.username])
-    await alice.say(room, "psst")
-    seen = await listed(bob, room)
-    assert seen is not None
-    assert seen["unread"] == 1
-
-
-async def test_a_direct_room_opened_from_both_sides_at_once_is_one(server: Server) -> None:
-    """Ten requests for the same two people at the same time make one room."""
-    alice, bob = await server.users("alice", "bob", fresh=True)
+async def test_a_direct_room_opened_from_both_sides_at_once_is_one(
+    chat: Server, there: Server
+) -> None:
+    """Requests for the same two people at the same time make one room."""
+    alice, bob = await chat.users("alice", "bob")
     work = [
-        user.post("/rooms", json={"kind": "direct", "username": other.username})
-        for user, other in ((alice, bob), (bob, alice)) * 5
+        user.at(server).post("/rooms", {"kind": "direct", "username": other.name})
+        for user, other in ((alice, bob), (bob, alice))
+        for server in (chat, there, chat)
     ]
     answers = await asyncio.gather(*work)
-    assert len({answer.json["room_id"] for answer in answers}) == 1
-    assert sorted(answer.status for answer in answers) == [200] * 9 + [201]
+    assert len({answer.json.get("room_id") for answer in answers}) == 1
+    assert sorted(answer.status for answer in answers) == [200] * 5 + [201]
 
 
-@pytest.mark.parametrize(
-    ("status", "username"), [(404, "nobody-of-this-name"), (400, "{self}"), (400, None), (400, 5)]
-)
-async def test_a_direct_room_needs_somebody_else(
-    server: Server, status: int, username: object
-) -> None:
+async def test_a_direct_room_needs_somebody_else(chat: Server) -> None:
     """Nobody has a direct room with themselves, or with nobody."""
-    alice = await server.user("alice")
-    name = alice.username if username == "{self}" else username
-    (await alice.post("/rooms", json={"kind": "direct", "username": name})).refused(status)
+    alice = await chat.user("alice")
+    for status, name in ((404, "nobody-of-this-name"), (400, alice.name), (400, None), (400, 5)):
+        (await alice.post("/rooms", {"kind": "direct", "username": name})).refused(status)
+    assert not [room for room in (await alice.get("/rooms")).ok() if room["role"]]
 
 
-async def test_a_direct_room_stays_as_it_is(server: Server) -> None:
+async def test_a_direct_room_cannot_be_taken_beforehand(chat: Server) -> None:
+    """Nobody makes a room under the id that a direct room of others will have."""
+    alice, bob, carol = await chat.users("alice", "bob", "carol")
+    made = (await alice.post("/rooms", {"kind": "direct", "username": bob.name})).ok(201)
+    stem = re.split("[-_]", made["room_id"])[0]
+    for room_id in (made["room_id"], f"{stem}-{'0' * 32}", f"{stem}-x"):
+        body = {"room_id": room_id, "name": "mine", "kind": "public"}
+        assert (await carol.post("/rooms", body)).status in {400, 403, 409}
+    assert (await alice.get(f"/rooms/{made['room_id']}")).ok()["kind"] == "direct"
+
+
+async def test_a_direct_room_stays_as_it_is(chat: Server) -> None:
     """Nobody leaves, invites to, renames or deletes a direct room, and a third sees nothing."""
-    alice, bob, carol = await server.users("alice", "bob", "carol", fresh=True)
-    body = {"kind": "direct", "username": bob.username}
-    room = (await alice.post("/rooms", json=body)).ok(201)["room_id"]
-    head = await alice.head(room)
-    path = f"/rooms/{room}"
+    alice, bob, carol = await chat.users("alice", "bob", "carol")
+    made = (await alice.post("/rooms", {"kind": "direct", "username": bob.name})).ok(201)
+    room = Room(alice, made["room_id"])
+    bobs, alices = (f"{room.path}/members/{user.name}" for user in (bob, alice))
     refusals = [
-        alice.put(f"{path}/members/{carol.username}", json={}),
-        alice.put(f"{path}/members/{bob.username}", json={"role": "banned"}),
-        alice.put(f"{path}/members/{alice.username}", json={"role": "owner"}),
-        alice.delete(f"{path}/members/{bob.username}"),
-        alice.delete(f"{path}/members/{alice.username}"),
-        alice.patch(path, json={"name": "Ours"}),
-        alice.delete(path),
-        carol.get(path),
-        carol.get(f"{path}/messages"),
-        carol.put(f"{path}/members/{carol.username}", json={}),
-        carol.post(f"{path}/messages", json={"message": "me too"}),
-        carol.get(f"/websockets/chat/{room}", headers=UPGRADE),
+        alice.put(f"{room.path}/members/{carol.name}", {}),
+        alice.put(bobs, {"role": "banned"}),
+        alice.put(alices, {"role": "owner"}),
+        alice.delete(bobs),
+        alice.delete(alices),
+        alice.patch(room.path, {"name": "Ours"}),
+        alice.delete(room.path),
     ]
     for answer in await asyncio.gather(*refusals):
         answer.refused(403, "forbidden")
-    assert await alice.head(room) == head
-    assert await listed(carol, room) is None
+    await all_refused(carol, room.room_id, 403)
+    assert len(await room.log()) == 2
 
 
-async def test_owners_rename_a_room(server: Server) -> None:
-    """A new name is an event, and shows in the list at once."""
-    alice, bob = await server.users("alice", "bob")
+async def test_a_direct_room_outlives_who_left_for_good(chat: Server) -> None:
+    """Of two in a direct room one may delete the account; the other keeps what was said."""
+    alice, bob = await chat.users("alice", "bob")
+    made = (await alice.post("/rooms", {"kind": "direct", "username": bob.name})).ok(201)
+    room = Room(alice, made["room_id"])
+    await bob.post_in(room, "farewell")
+    (await bob.delete("/users/me", {"password": PASSWORD})).ok(204)
+    assert (await room.texts()) == ["farewell"]
+    assert await roles(alice, room) == {"alice": "member"}
+
+
+# --- New names, and the end
+
+
+async def test_owners_rename_a_room(chat: Server, there: Server) -> None:
+    """A new name is an event to those who are in, and shows everywhere at once."""
+    alice, bob = await chat.users("alice", "bob")
     room = await alice.room(bob)
-    async with bob.chat(room) as ws:
-        changed = (await alice.patch(f"/rooms/{room}", json={"name": "Ümläut 愛"})).ok()
-        event = await ws.event("room")
-    assert changed["name"] == "Ümläut 愛"
-    assert (event["name"], event["username"]) == ("Ümläut 愛", alice.username)
-    assert (event["seq"], event["room_id"]) == (3, room)
-    assert (await alice.events(room))[-1] == event
-    seen = await listed(bob, room)
-    assert seen is not None
-    assert (seen["name"], seen["seq"]) == ("Ümläut 愛", 3)
+    reader = await bob.at(there).enter(room)
+    changed = (await alice.patch(room.path, {"name": "Ümläut 愛"})).ok()
+    assert (changed["name"], changed["seq"]) == ("Ümläut 愛", 3)
+    event = await reader.hears(type="room")
+    assert (event["name"], event["username"], event["seq"]) == ("Ümläut 愛", alice.name, 3)
+    assert (await room.log())[-1] == event
+    shown = await listed(bob.at(there), room.room_id) or {}
+    assert (shown["name"], shown["seq"]) == ("Ümläut 愛", 3)
 
 
-@pytest.mark.parametrize("name", ["", "  ", "x" * 101, "a\0b", "\ud800", 5, None, []])
-async def test_a_bad_new_name_is_400(server: Server, name: object) -> None:
+async def test_a_bad_new_name_is_refused(chat: Server) -> None:
     """A room keeps its name when the new one is bad."""
-    alice = await server.user("alice")
+    alice = await chat.user("alice")
     room = await alice.room()
-    (await alice.patch(f"/rooms/{room}", json={"name": name})).refused(400, "bad_request")
-    assert await alice.head(room) == 1
+    names: list[Any] = ["", "  ", "\u200b", "x" * 101, "a\0b", "\ud800", 5, None, []]
+    for name in names:
+        (await alice.patch(room.path, {"name": name})).refused(400, "bad_request")
+    assert len(await room.log()) == 1
 
 
 @pytest.mark.parametrize("role", ["moderator", "member", None])
-async def test_only_owners_rename_and_delete(server: Server, role: str | None) -> None:
+async def test_only_owners_rename_and_delete(chat: Server, role: str | None) -> None:
     """Whoever is not the owner can neither rename nor delete a room."""
-    alice, bob = await server.users("alice", "bob")
+    alice, bob = await chat.users("alice", "bob")
     room = await alice.room()
     if role:
-        await alice.appoint(room, bob, role)
-    (await bob.patch(f"/rooms/{room}", json={"name": "Mine"})).refused(403, "forbidden")
-    (await bob.delete(f"/rooms/{room}")).refused(403, "forbidden")
-    (await alice.get(f"/rooms/{room}")).ok()
+        await room.admit(bob, role=role)
+    (await bob.patch(room.path, {"name": "Mine"})).refused(403, "forbidden")
+    (await bob.delete(room.path)).refused(403, "forbidden")
+    assert (await alice.get(room.path)).ok()["name"] == "room"
 
 
-async def test_a_deleted_room_is_gone(server: Server) -> None:
-    """After its deletion a room is 404 everywhere, and its words are found nowhere."""
-    alice, bob = await server.users("alice", "bob")
+async def test_a_deleted_room_is_gone_for_good(chat: Server, there: Server) -> None:
+    """After its deletion a room is 404 everywhere, its texts are erased, its id stays taken."""
+    alice, bob = await chat.users("alice", "bob")
     room = await alice.room(bob)
     word = unique("word")
-    await alice.say(room, word)
-    (await alice.delete(f"/rooms/{room}")).ok(204)
-    for user in (alice, bob):
-        for method, path, body in PATHS:
-            path = path.format(room=room, name=bob.username)  # noqa: PLW2901
-            (await user.request(method, path, json=body)).refused(404, "not_found")
-        assert await listed(user, room) is None
+    await alice.post_in(room, word)
+    (await alice.at(there).delete(room.path)).ok(204)
+    for user in (alice, bob, alice.at(there)):
+        await all_refused(user, room.room_id, 404)
+        assert await listed(user, room.room_id) is None
         assert (await user.get(f"/search?q={word}")).ok() == []
-    (await alice.get(f"/websockets/chat/{room}", headers=UPGRADE)).refused(404, "not_found")
+    (await alice.post("/rooms", {"room_id": room.room_id, "name": "x"})).refused(409, "conflict")
+    for table in ("events", "members"):
+        sql = f"SELECT * FROM {table} WHERE room_id = '{room.room_id}'"  # noqa: S608
+        assert await chat.rows(sql) == []
 
 
-@pytest.mark.parametrize("heir", ["moderator", "member"])
-async def test_a_room_never_loses_its_last_owner(server: Server, heir: str) -> None:
-    """With the last owner's account gone, the oldest moderator, else member, becomes owner."""
-    owner = await server.user("owner", fresh=True)
-    oldest, second, third = await server.users("alice", "bob", "carol")
-    room = await owner.room(oldest, second, third)
-    if heir == "moderator":
-        await owner.appoint(room, second, "moderator")
-        await owner.appoint(room, third, "moderator")
-    (await owner.delete("/users/me", json={"password": PASSWORD})).ok(204)
-    chosen = second if heir == "moderator" else oldest
-    now = await roles(oldest, room)
-    assert now[chosen.username] == "owner"
-    assert owner.username not in now
-    last = [event for event in await oldest.events(room) if event["type"] == "member"][-2:]
-    changes = {event["member"]: event["role"] for event in last}
-    assert changes == {chosen.username: "owner", owner.username: None}
+async def test_whatever_reaches_a_room_at_its_end_is_answered(chat: Server, there: Server) -> None:
+    """Requests at the moment of a deletion are done or refused; afterwards the room is gone."""
+    alice, bob = await chat.users("alice", "bob")
+    for _ in range(3):
+        room = await alice.room(bob)
+        await bob.post_in(room, "before")
+        work = [
+            bob.at(server).ask(method, path.format(room=room.room_id, name=bob.name), body)
+            for method, path, body in PATHS
+            if "websockets" not in path
+            for server in (chat, there)
+        ]
+        end = alice.delete(room.path)
+        answers = await asyncio.gather(*work[: len(work) // 2], end, *work[len(work) // 2 :])
+        assert answers[len(work) // 2].status == 204
+        assert {answer.status for answer in answers} <= {200, 201, 204, 403, 404}
+        await all_refused(bob, room.room_id, 404)
+        sql = f"SELECT * FROM events WHERE room_id = '{room.room_id}'"  # noqa: S608
+        assert await chat.rows(sql) == []
