@@ -1,28 +1,183 @@
-"""What tests of several processes need: clients that resume elsewhere, ways to break things.
+"""Real processes of the server: started with settings, watched, frozen and killed.
 
-A `Ledger` knows what was sent and what was acknowledged; `writer` and `reader` are clients that do
-what the README asks of clients: retry under the same client id, resume after the last number.
+And what tests of processes need around them: a wire to Postgres that can be cut, and what the
+kernel knows about a process. Nothing here sleeps for luck: every wait is for a condition.
 """
 
 import asyncio
-import itertools
-import random
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
+from aiohttp import web
 
-from tests.helpers import LOST, NUMBERED, PATIENCE, Account, Chat, Event, Server, User, unique
+from chatserver import Config
 
-THE_END = "the end"
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "chatserver.py"
+KEY = "a key of the tests that is long enough for each algorithm: 64 bytes, and more"
+PATIENCE = 10.0
+SETTINGS = {field.name: field.default for field in fields(Config)}
+LIMITS = [name for name in SETTINGS if name.endswith(("_second", "_minute", "_hour"))]
+NO_LIMITS = dict.fromkeys([*LIMITS, "sockets_per_user", "sockets"], 0)
+LISTENING = r"^chatserver listening on (http://\S+)\n"
+TROUBLE = ("Traceback", "Warning:", "was never awaited", "was destroyed", "Unclosed ", "never retr")
 
 
-def at(server: Server, user: User) -> User:
-    """Return the same user as one who talks to another process."""
-    return User(server, Account(user.username, user.email, user.password, user.token))
+async def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> None:
+    """Wait until a condition holds; `what` says what was waited for when it never does."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {patience:.1f} s for {what}"
+        await asyncio.sleep(0.01)
+
+
+def environment(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return this process's environment without any setting of the server, and with those given."""
+    ours = {name.upper() for name in SETTINGS}
+    kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("PYTHON")}
+    return kept | {name.upper(): str(value) for name, value in settings.items()}
+
+
+class Process:
+    """One `python chatserver.py` in a folder; what it prints and logs goes into files there."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        strict: bool = True,
+        program: Any = PROGRAM,
+        **settings: Any,
+    ) -> None:
+        """Start it; `strict` turns on asyncio's debug mode and makes every warning an error."""
+        flags = ["-X", "dev", "-W", "error"] if strict else []
+        program = program if isinstance(program, list) else [str(program)]
+        self.command = [sys.executable, *flags, *program, *arguments]
+        self.folder = folder
+        self.environment = environment(settings)
+        self.start()
+
+    def start(self) -> None:
+        """Start it, the first time or again with the same settings, in a session of its own."""
+        name = f"{time.monotonic_ns()}"
+        self.out, self.err = (self.folder / f"{name}.{end}" for end in ("out", "err"))
+        with self.out.open("wb") as out, self.err.open("wb") as err:
+            self.popen = subprocess.Popen(  # noqa: S603
+                self.command,
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Return the number of the process."""
+        return self.popen.pid
+
+    @property
+    def log(self) -> str:
+        """Return what it has logged so far."""
+        return self.err.read_text("utf-8", "replace")
+
+    @property
+    def url(self) -> str:
+        """Return the address that it has printed, or nothing as long as it does not listen."""
+        line = re.search(LISTENING, self.out.read_text(), re.MULTILINE)
+        return line[1] if line else ""
+
+    async def ready(self) -> Self:
+        """Wait until it listens."""
+        await until(lambda: self.url or self.popen.poll() is not None, "the line that it listens")
+        assert self.popen.poll() is None, self.log
+        return self
+
+    async def end(self, how: signal.Signals = signal.SIGTERM, patience: float = 5) -> int:
+        """Send a signal and return the exit code, once it and its workers are gone."""
+        self.popen.send_signal(how)
+        return await self.over(patience)
+
+    async def over(self, patience: float = 5) -> int:
+        """Wait until it and its workers are gone, and return the exit code."""
+        await until(lambda: self.popen.poll() is not None, "the end of a process", patience)
+        await until(lambda: not session_of(self.pid), "the end of its workers", 1)
+        return int(self.popen.returncode)
+
+    def kill(self) -> None:
+        """End it and its workers as a power cut would."""
+        for pid in session_of(self.pid):
+            os.kill(pid, signal.SIGKILL)
+        self.popen.wait(PATIENCE)
+
+    @asynccontextmanager
+    async def frozen(self) -> AsyncIterator[None]:
+        """Stop it for as long as the block lasts, as a machine that hangs would."""
+        self.popen.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.popen.send_signal(signal.SIGCONT)
+
+
+@asynccontextmanager
+async def running(
+    folder: Path,
+    database: str,
+    *arguments: str,
+    count: int = 1,
+    clean: bool = True,
+    **settings: Any,
+) -> AsyncIterator[list[Process]]:
+    """Run processes without limits on one database; those left over stop in good order."""
+    usual: dict[str, Any] = {"database_url": database, "secret_key": KEY, "port": 0}
+    settings = {**NO_LIMITS, **usual, "host": "127.0.0.1", **settings}
+    processes = [Process(folder, *arguments, **settings) for _ in range(count)]
+    try:
+        for process in processes:
+            await process.ready()
+        yield processes
+        for process in processes:
+            if process.popen.poll() is None:
+                assert await process.end() == 0, process.log
+            if clean:
+                is_clean(process.log)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@asynccontextmanager
+async def serving(app: web.Application) -> AsyncIterator[str]:
+    """Run an application in this process on a free port, and yield its address."""
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2)
+    try:
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+def is_clean(log: str) -> None:
+    """Check that a log tells of no crash, no warning of Python's and nothing left behind."""
+    for sign in TROUBLE:
+        assert sign not in log, log[:5000]
+
+
+# --- Postgres, and a wire to it that can be cut
 
 
 async def query(url: str, statement: str, *values: object) -> list[Any]:
@@ -34,260 +189,92 @@ async def query(url: str, statement: str, *values: object) -> list[Any]:
         await connection.close()
 
 
-async def terminate(url: str, condition: str = "true") -> int:
+async def cut_connections(url: str, condition: str = "true") -> int:
     """Cut the connections to this database, or some of them; return how many there were."""
-    rows = await query(
-        url,
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "  # noqa: S608
-        "WHERE datname = current_database() AND pid <> pg_backend_pid() "
-        f"AND backend_type = 'client backend' AND {condition}",
-    )
-    return len(rows)
+    sql = f"""SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid()
+        AND backend_type = 'client backend' AND {condition}"""  # noqa: S608
+    return len(await query(url, sql))
 
 
-# Connections that wait for NOTIFY are known by what they did last.
-LISTENERS = "(query ILIKE 'listen%' OR query ILIKE '%pg_notify%')"
-
-
-async def batter(url: str, condition: str = "true") -> None:
-    """Cut connections to this database without a pause."""
-    while True:
-        await terminate(url, condition)
-
-
-# --- Streams
-
-
-def signature(event: Event) -> tuple[object, ...]:
-    """Return what an event is in every replay, whatever has become of its text since."""
-    keys = ("seq", "type", "username", "client_id", "target", "member", "role", "created_at")
-    return tuple(event.get(key) for key in keys)
-
-
-def equals(stream: Sequence[Event], log: Sequence[Event]) -> None:
-    """Check that a stream is this part of the log: no gap, no repeat, no other order."""
-    numbers = [event["seq"] for event in stream]
-    wanted = [event["seq"] for event in log]
-    assert numbers == wanted, f"{numbers} is not {wanted}"
-    for one, other in zip(stream, log, strict=True):
-        assert signature(one) == signature(other)
-
-
-class Ledger:
-    """What writers have sent into a room, and the numbers that they were told."""
-
-    def __init__(self, room: str) -> None:
-        """Begin with nothing sent."""
-        self.room = room
-        self.sent: dict[str, str] = {}
-        self.acked: dict[str, int] = {}
-        self.errors: list[str] = []
-
-    def next(self, word: str) -> str:
-        """Return a fresh client id, noted as sent with a text of its own."""
-        client_id = unique(word)
-        self.sent[client_id] = f"text of {client_id}"
-        return client_id
-
-    def ack(self, client_id: str, seq: int) -> None:
-        """Note an acknowledgement, which never changes its mind."""
-        assert self.acked.setdefault(client_id, seq) == seq, f"{client_id} has two numbers"
-
-    def check(self, log: Sequence[Event], *, settled: bool = True) -> None:
-        """Check that the log numbers 1, 2, 3 … and holds once, as told, what was acknowledged."""
-        assert [event["seq"] for event in log] == list(range(1, len(log) + 1))
-        for client_id, seq in self.acked.items():
-            event = log[seq - 1]
-            assert (event.get("client_id"), event.get("message")) == (
-                client_id,
-                self.sent[client_id],
-            )
-        stored = [event["client_id"] for event in log if event.get("client_id") in self.sent]
-        assert len(stored) == len(set(stored)), "a message is there twice"
-        if settled:
-            assert self.acked.keys() == self.sent.keys() == set(stored)
-
-
-def by_client_id(client_id: str) -> Callable[[Event], bool]:
-    """Return what tells the frame that answers this client id."""
-    return lambda frame: frame.get("client_id") == client_id
-
-
-async def settle(ws: Chat, ledger: Ledger, client_id: str, patience: float = 20) -> bool:
-    """Send a message of the ledger and wait for what becomes of it: acknowledged, or refused."""
-    await ws.say(ledger.sent[client_id], client_id=client_id)
-    while (frame := await ws.next(patience)).get("client_id") != client_id:
-        pass
-    if frame["type"] == "error":
-        ledger.errors.append(frame["error"])
-        return False
-    ledger.ack(client_id, frame["seq"])
-    return True
-
-
-async def insist(ws: Chat, ledger: Ledger, word: str) -> int:
-    """Send a message until it is acknowledged, each time under the same client id."""
-    client_id = ledger.next(word)
-    async with asyncio.timeout(PATIENCE):
-        while not await settle(ws, ledger, client_id):
-            await asyncio.sleep(0.05)
-    return ledger.acked[client_id]
-
-
-async def writer(
-    hosts: Sequence[Server], user: User, ledger: Ledger, *, stop: asyncio.Event, count: int = 10**6
-) -> None:
-    """Write until told to stop, each message until it is acknowledged; when cut off, elsewhere."""
-    pending = ""
-    for server in itertools.cycle(hosts):
-        with suppress(*LOST):
-            async with at(server, user).chat(ledger.room) as ws:
-                while pending or (count and not stop.is_set()):
-                    pending = pending or ledger.next("w")
-                    if await settle(ws, ledger, pending):
-                        pending, count = "", count - 1
-                    else:
-                        await asyncio.sleep(0.05)
-        if not pending and (stop.is_set() or not count):
-            return
-        await asyncio.sleep(0.05)
-
-
-async def reader(
-    hosts: Sequence[Server], user: User, room: str, *, chance: random.Random | None = None
-) -> list[Event]:
-    """Follow a room to its end; after every loss, wanted or not, resume on the next host."""
-    stream: list[Event] = []
-    for server in itertools.cycle(hosts):
-        after = stream[-1]["seq"] if stream else 0
-        with suppress(*LOST):
-            async with at(server, user).chat(room, after=after) as ws:
-                for _ in range(chance.randrange(1, 150) if chance else 10**6):
-                    frame = await ws.next(30)
-                    assert frame["type"] not in {"reset", "error"}, frame
-                    if frame["type"] in NUMBERED:
-                        stream.append(frame)
-                    if frame.get("message") == THE_END:
-                        return stream
-                if chance and chance.random() < 0.7:
-                    ws.drop()
-        await asyncio.sleep(0.05)
-    raise AssertionError
-
-
-# --- Postgres behind a wire that can be cut
-
-
-Pair = tuple[asyncio.StreamWriter, asyncio.StreamWriter]
-
-
-class Proxy:
-    """A TCP proxy before Postgres that can swallow a COMMIT or its answer, and cut the wire."""
+class Wire:
+    """A TCP proxy before Postgres that can lose a COMMIT or its answer, fall silent, and be cut."""
 
     def __init__(self, url: str) -> None:
-        """Prepare a proxy to the Postgres of this URL."""
-        parts = urlsplit(url)
-        self._target = parts.hostname or "127.0.0.1", parts.port or 5432
-        self._parts = parts
-        self._server: asyncio.Server | None = None
-        self._wires: set[asyncio.StreamWriter] = set()
-        self._listeners: set[Pair] = set()
-        self._muted: set[Pair] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._flows = asyncio.Event()
-        self._flows.set()
-        self.armed = ""
-        self.down = False
-        self.stay_down = False
-        self.cuts = 0
-
-    @property
-    def url(self) -> str:
-        """Return the URL that leads through this proxy; TLS would hide the COMMIT from it."""
-        assert self._server is not None
-        port = self._server.sockets[0].getsockname()[1]
-        account, at_sign, _ = self._parts.netloc.rpartition("@")
-        netloc = f"{account}{at_sign}127.0.0.1:{port}"
-        return urlunsplit(self._parts._replace(netloc=netloc, query="sslmode=disable"))
+        """Prepare a wire to the Postgres of this URL."""
+        self.parts = urlsplit(url)
+        self.ends: set[asyncio.StreamWriter] = set()
+        self.listening: set[asyncio.StreamWriter] = set()  # ends of connections that LISTEN
+        self.muted: set[asyncio.StreamWriter] = set()
+        self.lose = ""  # the side that is lost at the next COMMIT: request or answer
+        self.lost = asyncio.Event()
+        self.on_loss: Callable[[], None] = lambda: None
+        self.stalled = False
 
     async def __aenter__(self) -> Self:
         """Listen on a free port."""
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.server = await asyncio.start_server(self.connect, "127.0.0.1", 0)
+        account = self.parts.netloc.rpartition("@")[0]
+        port = self.server.sockets[0].getsockname()[1]
+        netloc = f"{account}@127.0.0.1:{port}"
+        # TLS would hide the COMMIT from us.
+        self.url = urlunsplit(self.parts._replace(netloc=netloc, query="sslmode=disable"))
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Cut everything and stop listening."""
-        assert self._server is not None
-        self._server.close()
-        self.cut()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._server.wait_closed()
+        self.server.close()
+        for end in list(self.ends):
+            end.transport.abort()
+        await until(lambda: not self.ends, "the ends of the wire")
 
-    def cut(self) -> None:
-        """Cut every connection."""
-        for wire in list(self._wires):
-            wire.transport.abort()
-
-    def stall(self) -> None:
-        """Forward nothing any more, but keep every connection open, as a dead network does."""
-        self._flows.clear()
-
-    def mute(self) -> int:
+    def mute_listeners(self) -> int:
         """Forward nothing any more on connections that LISTEN; return how many there are."""
-        self._muted |= self._listeners
-        return len(self._muted)
+        self.muted |= self.listening
+        return len(self.muted)
 
-    def arm(self, side: str, *, stay_down: bool = False) -> None:
-        """Lose the next COMMIT on its way (`request`), or its `answer`, and cut that connection."""
-        self.armed, self.stay_down = side, stay_down
+    async def connect(self, near: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        """Join a client with Postgres until either ends."""
+        far, postgres = await asyncio.open_connection(self.parts.hostname, self.parts.port)
+        pair = (client, postgres)
+        self.ends.update(pair)
+        try:
+            await asyncio.gather(self.pump("request", near, *pair), self.pump("answer", far, *pair))
+        finally:
+            self.ends.difference_update(pair)
 
-    async def _connected(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
-        """Connect a client with Postgres, or turn it away."""
-        if self.down:
-            client.transport.abort()
-            return
-        back, postgres = await asyncio.open_connection(*self._target)
-        pair = client, postgres
-        self._wires.update(pair)
-        for source, sink, side in ((reader, postgres, "request"), (back, client, "answer")):
-            task = asyncio.create_task(self._pump(source, sink, side, pair))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _pump(
+    async def pump(
         self,
-        source: asyncio.StreamReader,
-        sink: asyncio.StreamWriter,
         side: str,
-        pair: Pair,
+        source: asyncio.StreamReader,
+        client: asyncio.StreamWriter,
+        postgres: asyncio.StreamWriter,
     ) -> None:
-        """Forward one direction of a connection until it ends or is cut."""
+        """Forward one direction, as long as nothing is to be lost in it."""
+        sink = postgres if side == "request" else client
         with suppress(OSError):
             while data := await source.read(1 << 16):
-                await self._flows.wait()
-                if b"LISTEN" in data:
-                    self._listeners.add(pair)
-                while pair in self._muted:
-                    await asyncio.sleep(0.05)
-                if self.armed == side and b"COMMIT" in data.upper():
-                    self.armed, self.down = "", self.stay_down
-                    self.cuts += 1
+                if re.search(rb"(?i)(?<!un)listen ", data):
+                    self.listening.add(client)
+                while (self.stalled or client in self.muted) and not sink.transport.is_closing():
+                    await asyncio.sleep(0.02)
+                if self.lose == side and b"COMMIT" in data.upper():
+                    self.lose = ""
+                    self.on_loss()
+                    self.lost.set()
                     break
                 sink.write(data)
                 await sink.drain()
-        self._listeners.discard(pair)
-        for wire in pair:
-            wire.transport.abort()
-            self._wires.discard(wire)
+        self.listening.discard(client)
+        client.transport.abort()
+        postgres.transport.abort()
 
 
-# --- Processes
+# --- What the kernel knows (on Linux)
 
 
 def session_of(leader: int) -> set[int]:
-    """Return the living processes of a session, the children of a dead leader too (on Linux)."""
+    """Return the living processes of a session, the children of a dead leader too."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -295,3 +282,13 @@ def session_of(leader: int) -> set[int]:
             if int(session) == leader and state not in "ZX":
                 found.add(int(path.parent.name))
     return found
+
+
+def descriptors(pid: int) -> int:
+    """Return how many descriptors a process has open."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def memory(pid: int) -> int:
+    """Return how many bytes of memory are a process's own."""
+    return int(re.findall(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[0]) << 10

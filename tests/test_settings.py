@@ -1,60 +1,160 @@
 """Settings and the command line: where they come from, what is refused, and how it all ends."""
 
-import asyncio
-import contextlib
 import itertools
+import json
 import re
-import secrets
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
+import sys
+import time
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
+from yarl import URL
 
-from tests.conftest import Launch, Start
-from tests.helpers import (
-    LOST,
+from chatserver import CHAT, Config, create_app
+from tests import postgres
+from tests.conftest import Databases
+from tests.people import below, company, drop
+from tests.processes import (
+    KEY,
     PROGRAM,
     ROOT,
-    SECRET,
     SETTINGS,
-    Server,
-    Wire,
-    background,
-    claims,
-    forge,
-    run,
-    unique,
+    Process,
+    environment,
+    is_clean,
+    query,
+    running,
+    serving,
 )
-from tests.postgres import drop_database, execute, free_port, run_apart, with_database
+
+DEFAULTS = {name: str(default) for name, default in SETTINGS.items()}
+SOURCES = ("config.ini", ".env", "environment", "command line")
 
 
-def config(folder: Path, **settings: Any) -> None:
-    """Write a config.ini with these settings."""
-    lines = ["[chatserver]", *(f"{key} = {value}" for key, value in settings.items())]
-    (folder / "config.ini").write_text("\n".join(lines) + "\n", "utf-8")
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give an empty working directory in an environment without settings."""
+    for name in SETTINGS:
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def dotenv(folder: Path, *lines: str) -> None:
-    """Write a .env with these lines."""
-    (folder / ".env").write_text("\n".join(lines) + "\n", "utf-8")
+def config() -> Config:
+    """Return the settings as the environment and the files of the working directory have them."""
+    return create_app()[CHAT].config
 
 
-def one_line(folder: Path, *arguments: str, typed: str = "", **settings: Any) -> str:
-    """Check that the program refuses to start, in one line and within 5 s; return the line."""
-    code, out, err = run(folder, *arguments, typed=typed, **settings)
-    assert code != 0
-    assert out == ""
-    (line,) = err.splitlines()
-    assert line.strip()
-    return line
+@pytest.fixture(scope="module")
+def taken() -> Iterator[str]:
+    """Give a port that is taken, so that no start that should have been refused goes on."""
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        yield str(holder.getsockname()[1])
+
+
+# --- Command lines that end by themselves
+
+# One interpreter that has imported the program runs each command line in a child of its own.
+DRIVER = """
+import json, os, signal, sys
+import chatserver
+def run(case):
+    os.chdir(case["folder"])
+    for number, name in enumerate(("in", "out", "err")):
+        path = os.path.join(case["files"], name)
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(case["environment"])
+    sys.argv = ["chatserver.py", *case["arguments"]]
+    signal.alarm(5)
+    chatserver.main()
+for case in json.load(sys.stdin):
+    child = os.fork()
+    if not child:
+        run(case)
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Case(NamedTuple):
+    """A command line in a fresh folder: arguments, environment, files there, what is typed."""
+
+    arguments: Sequence[str] = ()
+    settings: Mapping[str, str] = {}
+    files: Mapping[str, str | bytes] = {}
+    typed: str = ""
+
+
+class Outcome(NamedTuple):
+    """How a command line ended within 5 s."""
+
+    code: int
+    out: str
+    err: str
+
+    def refused(self, *words: str, lines: int = 1) -> None:
+        """Check that it was refused, in one line, that has these words."""
+        assert self.code not in (0, -14), self
+        assert self.out == "", self
+        assert "Traceback" not in self.err, self
+        assert 1 <= len(self.err.splitlines()) <= lines, self
+        for word in words:
+            assert word in self.err, (word, self)
+
+
+def run_all(folder: Path, cases: Sequence[Case]) -> list[Outcome]:
+    """Run command lines, each in a folder of its own, for 5 s at most."""
+    jobs = []
+    for number, case in enumerate(cases):
+        files, home = folder / f"{number}.files", folder / f"{number}"
+        files.mkdir()
+        home.mkdir()
+        (files / "in").write_text(case.typed)
+        for name, content in case.files.items():
+            (home / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        where: dict[str, Any] = {"folder": str(home), "files": str(files)}
+        given = environment({k: v.format(home=home) for k, v in case.settings.items()})
+        jobs.append(where | {"arguments": case.arguments, "environment": given})
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment({}),
+        timeout=10 + 5 * len(jobs),
+        check=True,
+    )
+    codes = [int(line) for line in done.stdout.split()]
+    texts = [[(Path(job["files"]) / name).read_text() for name in ("out", "err")] for job in jobs]
+    return [Outcome(code, *pair) for code, pair in zip(codes, texts, strict=True)]
+
+
+def ini(**settings: str) -> str:
+    """Return a config.ini with these settings."""
+    return "\n".join(["[chatserver]", *(f"{key} = {value}" for key, value in settings.items())])
+
+
+def placed(source: str, name: str, value: str) -> Case:
+    """Return a command line for which a setting comes from one source."""
+    match source:
+        case "config.ini":
+            return Case(files={source: ini(**{name: value})})
+        case ".env":
+            return Case(files={source: f"{name.upper()}={value}\n"})
+        case "environment":
+            return Case(settings={name: value})
+    return Case([f"--{name.replace('_', '-')}", value])
 
 
 # --- The files that come with the program
@@ -68,174 +168,264 @@ def documented() -> dict[str, str]:
 
 def test_config_ini_lists_every_setting_at_its_default() -> None:
     """The config.ini that comes along has every setting, commented out, and no other."""
-    assert documented() == SETTINGS
-    text = (ROOT / "config.ini").read_text("utf-8")
-    active = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    assert documented() == DEFAULTS
+    lines = (ROOT / "config.ini").read_text("utf-8").splitlines()
+    active = [line for line in lines if line.strip() and not line.startswith("#")]
     assert active == ["[chatserver]"]
-    assert len(text.splitlines()) <= 80
+    assert len(lines) <= 60, "it fits on a screen"
 
 
-def test_config_ini_works_with_every_line_switched_on(launch: Launch, tmp_path: Path) -> None:
+def test_config_ini_works_with_every_line_switched_on(home: Path) -> None:
     """With every comment sign taken away, config.ini says what held without it."""
-    port = free_port()
-    config(tmp_path, **(documented() | {"port": port, "secret_key": SECRET}))
-    assert launch().listening().endswith(f":{port}")
+    (home / "config.ini").write_text(ini(**documented()))
+    assert config() == Config()
+
+
+def test_help_tells_every_setting_and_its_default(tmp_path: Path) -> None:
+    """`--help` shows each setting with its default, and set-password, and makes no file."""
+    ((code, out, err),) = run_all(tmp_path, [Case(["--help"])])
+    assert (code, err) == (0, "")
+    assert "set-password" in out
+    shown = dict(re.findall(r"(?s)\n  --(\S+) (.*?)(?=\n  --|$)", out))
+    for name, default in DEFAULTS.items():
+        told = "".join(shown[name.replace("_", "-")].split())
+        assert default in told and len(told) > len(default) + 10, (name, told)
+    assert list((tmp_path / "0").iterdir()) == []
 
 
 def test_the_program_names_the_packages_of_requirements_txt() -> None:
     """The block for `uv run` at the top of the program is requirements.txt and its Python."""
-    text = PROGRAM.read_text("utf-8")
-    block = re.search(r"(?m)^# /// script$\s(?P<toml>(^#(| .*)$\s)+)^# ///$", text)
+    block = re.search(r"(?m)^# /// script$\s(?P<toml>(^#(| .*)$\s)+)^# ///$", PROGRAM.read_text())
     assert block is not None
     lines = block["toml"].splitlines()
     script = tomllib.loads("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines))
-    needed = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
-    needed = [line.strip() for line in needed if line.strip() and not line.startswith("#")]
-    assert script["dependencies"] == needed
+    needed = [line.strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    assert sorted(script["dependencies"]) == sorted(
+        line for line in needed if line and not line.startswith("#")
+    )
     assert script["requires-python"] == ">=3.11"
 
 
 # --- Where settings come from
 
 
-SOURCES = ["config.ini", ".env", "environment", "command line"]
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_each_source_overrides_those_before(
+    home: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Environment over .env over config.ini."""
+    (home / "config.ini").write_text(ini(message_length="1", sockets="7"))
+    if count > 1:
+        (home / ".env").write_text("MESSAGE_LENGTH=2\n")
+    if count > 2:
+        monkeypatch.setenv("MESSAGE_LENGTH", "3")
+    assert (config().message_length, config().sockets) == (count, 7)
 
 
-@pytest.mark.parametrize("count", range(1, 5))
-def test_each_source_overrides_those_before(launch: Launch, tmp_path: Path, count: int) -> None:
-    """Command line over environment over .env over config.ini."""
-    ports = [free_port() for _ in range(count)]
-    arguments: list[str] = []
-    environment: dict[str, Any] = {}
-    for source, port in zip(SOURCES[:count], ports, strict=True):
-        match source:
-            case "config.ini":
-                config(tmp_path, port=port)
-            case ".env":
-                dotenv(tmp_path, f"PORT={port}", "HOST=127.0.0.1")
-            case "environment":
-                environment |= {"port": port, "host": "127.0.0.1"}
-            case _:
-                arguments += ["--port", str(port)]
-    assert launch(*arguments, **environment).listening() == f"http://127.0.0.1:{ports[-1]}"
+def test_the_command_line_overrides_everything(tmp_path: Path, taken: str) -> None:
+    """`--port N` and `--port=N` count more than the environment and the files."""
+    files = {"config.ini": ini(port="1"), ".env": "PORT=2\n"}
+    settings = {"port": "3", "host": "127.0.0.1"}
+    for outcome in run_all(
+        tmp_path,
+        [Case(args, settings, files) for args in (["--port", taken], [f"--port={taken}"])],
+    ):
+        outcome.refused(f"127.0.0.1:{taken}")
 
 
 @pytest.mark.parametrize(
-    "lines",
+    "text",
     [
-        ("# PORT=1", "", "OTHER=1", "OTHER=2", "BARE", "PORT={port}", "export HOST=127.0.0.1"),
-        ('export PORT="{port}"', "HOST='127.0.0.1'", "  MESSAGE_LENGTH = 100  ", 'METRICS="off"'),
-        ("PORT={port} # the port", 'HOST="127.0.0.1"   # loopback', "export METRICS=off\t# no"),
+        "# SOCKETS=1\n\nOTHER=1\nOTHER=2\nBARE\nSOCKETS=5\nexport ALGORITHM=HS512",
+        "export SOCKETS=\"5\"\nALGORITHM='HS512'\n  MESSAGE_LENGTH = 100  ",
+        '\ufeffSOCKETS=5 # so many\nALGORITHM="HS512"   # strong\nexport PORT=1\t# no',
     ],
 )
-def test_dotenv_is_read_as_shells_and_compose_do(
-    launch: Launch, tmp_path: Path, lines: tuple[str, ...]
-) -> None:
-    """A .env may say export, quote, and comment, and hold what is not ours."""
-    port = free_port()
-    dotenv(tmp_path, *(line.format(port=port) for line in lines))
-    assert launch().listening() == f"http://127.0.0.1:{port}"
+def test_dotenv_is_read_as_shells_and_compose_do(home: Path, text: str) -> None:
+    """A .env may say export, quote, comment, begin with a byte order mark, and hold other's."""
+    (home / ".env").write_text(text + "\n", "utf-8")
+    assert (config().sockets, config().algorithm) == (5, "HS512")
 
 
-@pytest.mark.parametrize("argument", [["--port", "{port}"], ["--port={port}"]])
-def test_arguments_are_written_either_way(launch: Launch, argument: list[str]) -> None:
-    """`--port 1` and `--port=1` are the same."""
-    port = free_port()
-    process = launch(*(each.format(port=port) for each in argument))
-    assert process.listening() == f"http://127.0.0.1:{port}"
-
-
-def test_a_port_from_the_environment_opens_every_address(launch: Launch, tmp_path: Path) -> None:
-    """A host that gives PORT wants every address; a PORT from elsewhere stays on loopback."""
-    port = free_port()
-    process = launch(port=port)
-    socket.create_connection(("127.0.0.2", port), 5).close()
-    assert process.stop() == 0
-    config(tmp_path, port=port)
-    launch()
-    socket.create_connection(("127.0.0.1", port), 5).close()
-    with pytest.raises(OSError, match="refused"):
-        socket.create_connection(("127.0.0.2", port), 5)
-
-
-async def test_no_configuration_at_all_works(
-    launch: Launch, session: aiohttp.ClientSession, tmp_path: Path
-) -> None:
-    """In an empty folder a database and a secret are made, for the owner's eyes only."""
-    server = Server(launch("--port", "0"), session)
-    alice = await server.user("alice")
-    found = None
-    for file in tmp_path.iterdir():
-        text = (
-            file.read_bytes().decode("latin-1").strip()
-            if not file.name.endswith((".db", "-wal", "-shm"))
-            else ""
-        )
-        if 32 <= len(text) < 1000 and "\n" not in text:
-            token = forge(claims(alice.token), key=text)
-            if (await server.get("/users/me", token=token)).status == 200:
-                found = file
-    assert found is not None, sorted(file.name for file in tmp_path.iterdir())
-    assert stat.S_IMODE(found.stat().st_mode) == 0o600
-    assert (tmp_path / "chat.db").exists()
-    key = found.read_bytes()
-    assert server.process.stop() == 0
-    again = Server(launch("--port", "0"), session)
-    (await again.get("/users/me", token=alice.token)).ok()
-    assert found.read_bytes() == key
-    assert key.decode() not in server.process.stderr + server.process.stdout
-
-
-async def test_a_secret_is_taken_as_it_is(
-    launch: Launch, session: aiohttp.ClientSession, tmp_path: Path
-) -> None:
-    """Percent signs, hashes and semicolons are part of a secret in config.ini."""
+def test_config_ini_takes_values_as_they_are(home: Path) -> None:
+    """Percent signs, hashes, semicolons and quotes are part of a secret, and a BOM is none."""
     key = "%(x)s%%#;'\"=" + "k" * 32
-    config(tmp_path, secret_key=key)
-    server = Server(launch("--port", "0"), session)
-    alice = await server.user("alice")
-    token = forge(claims(alice.token), key=key)
-    (await server.get("/users/me", token=token)).ok()
+    (home / "config.ini").write_text("\ufeff" + ini(secret_key=key), "utf-8")
+    assert config().secret_key == key
 
 
-async def test_settings_have_their_effect(start: Start) -> None:
-    """Lengths, limits, algorithm and life time are those that were set."""
-    server = await start(
-        password_min_length=6,
-        message_length=10,
-        history_limit=5,
-        frame_bytes=2000,
-        body_bytes=1000,
-        algorithm="HS512",
-        access_token_expire_minutes=5,
-    )
-    (await server.register(unique("x"), "12345")).refused(400, "bad_request")
-    name = unique("alice")
-    (await server.register(name, "123456")).ok(201)
-    login = (await server.login(name, "123456")).ok()
-    assert login["expires_in"] == 300
-    token = login["access_token"]
-    content = claims(token)
-    assert content["exp"] - content["iat"] == 300
-    (await server.get("/users/me", token=forge(content, alg="HS256"))).refused(401)
-    (await server.get("/users/me", token=forge(content, alg="HS512"))).ok()
-    path = "/rooms/1/messages"
-    (await server.post(path, token=token, json={"message": "x" * 11})).refused(400)
-    (await server.post(path, token=token, json={"message": "x" * 1000})).refused(413)
-    for number in range(7):
-        (await server.post(path, token=token, json={"message": f"{number:010}"})).ok(201)
-    assert len((await server.get(f"{path}?limit=100", token=token)).ok()) == 5
-    async with server.chat("1", token=token) as ws:
-        await ws.say("x" * 1500)
-        await ws.refusal("bad_request")
-        await ws.say("x" * 2100)
-        assert await ws.closed() == 1009
+def test_a_port_from_the_environment_opens_every_address(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that gives PORT wants every address; with HOST, or PORT in a file, it is as set."""
+    (home / "config.ini").write_text(ini(port="8123"))
+    assert (config().host, config().port) == ("127.0.0.1", 8123)
+    monkeypatch.setenv("PORT", "8124")
+    assert (config().host, config().port) == ("0.0.0.0", 8124)  # noqa: S104
+    monkeypatch.setenv("HOST", "127.0.0.2")
+    assert config().host == "127.0.0.2"
 
 
-async def test_registration_can_be_closed(start: Start) -> None:
-    """With `registration=closed` nobody gets an account."""
-    server = await start(registration="closed")
-    (await server.register(unique("x"))).refused(403, "forbidden")
+def test_an_empty_value_counts_as_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compose passes on as an empty variable is at its default."""
+    (home / ".env").write_text("SOCKETS=\n")
+    monkeypatch.setenv("DATABASE_URL", "")
+    assert config() == Config()
+
+
+# --- What is refused
+
+BAD = {
+    "port": ("x", "-1", "65536", "1.5", "9" * 10),
+    "workers": ("x", "0", "-1"),
+    "algorithm": ("none", "RS256", "hs256x"),
+    "registration": ("maybe", "close"),
+    "access_token_expire_minutes": ("x", "-5", "0"),
+    "password_min_length": ("-1", "many"),
+    "message_length": ("9" * 5000, "-1"),
+    "messages_per_second": ("-1", "0.5"),
+    "logins_per_minute": ("-1",),
+    "sockets": ("1e3",),
+    "proxies": ("-1", "10.0.0.0/8"),
+    "secret_key": ("short", "x" * 31),
+    "database_url": ("mysql://x/y", "chat.db", "sqlite:/x"),
+    "docs_assets": ("no/such/folder",),
+}
+
+
+def test_a_bad_value_is_named_with_its_place(tmp_path: Path, taken: str) -> None:
+    """Wherever a bad value stands, one line names the setting and the place, and no secret."""
+    bad = [(name, value) for name, values in BAD.items() for value in values]
+    bad = [("port", "x"), ("port", "x"), ("port", "x"), *bad]
+    where = list(zip(itertools.cycle(SOURCES), bad, strict=False))
+    cases = [placed(source, name, value) for source, (name, value) in where]
+    cases = [
+        case if name == "port" else case._replace(arguments=[*case.arguments, "--port", taken])
+        for case, (_, (name, _)) in zip(cases, where, strict=True)
+    ]
+    wrong = []
+    for outcome, (source, (name, value)) in zip(run_all(tmp_path, cases), where, strict=True):
+        try:
+            outcome.refused(source)
+            assert name in outcome.err.replace("-", "_"), (name, outcome)
+            assert name != "secret_key" or value not in outcome.err, "it tells a secret"
+        except AssertionError as error:
+            wrong.append(f"{source}: {name}={value[:20]}: {str(error)[:300]}")
+    assert wrong == [], "\n".join(wrong)
+
+
+STRAYS = [
+    Case(["--nonsense", "1"]),
+    Case(["--nonsense=1"]),
+    Case(["nonsense"]),
+    Case(["--por", "1"]),  # no setting may be shortened: another one may come
+    Case(["backup"]),
+    Case(["set-password"]),
+    Case(["set-password", "a", "b"]),
+    Case(["--port"]),
+    Case(files={"config.ini": ini(nonsense="1")}),
+    Case(files={"config.ini": ini(sockets="1\nsockets=2")}),
+    Case(files={"config.ini": "sockets = 1\n"}),
+    Case(files={"config.ini": "[chatserver]\nwhat is this"}),
+    Case(files={"config.ini": b"[chatserver]\nhost = \xff\xfe\n"}),
+    Case(files={".env": b"HOST=\xff\xfe\n"}),
+]
+
+
+def test_what_is_unknown_or_garbled_stops_the_start(tmp_path: Path, taken: str) -> None:
+    """An unknown argument or key, or a file that is none, is named, and nothing is made."""
+    cases = [case._replace(arguments=[*case.arguments, f"--port={taken}"]) for case in STRAYS[:-6]]
+    cases[7] = STRAYS[7]
+    wrong = []
+    for number, (case, outcome) in enumerate(
+        zip(STRAYS, run_all(tmp_path, [*cases, *STRAYS[-6:]]), strict=True)
+    ):
+        name = next(iter(case.files)) if case.files else case.arguments[0].split("=")[0]
+        command = case.arguments and not case.arguments[0].startswith("-")
+        try:
+            outcome.refused("set-password" if command else name, lines=12)
+            assert len(list((tmp_path / f"{number}").iterdir())) == len(case.files)
+        except AssertionError as error:
+            wrong.append(f"{case}: {str(error)[:300]}")
+    assert wrong == [], "\n".join(wrong)
+
+
+def test_a_bad_value_stops_the_start_even_if_a_good_one_counts(tmp_path: Path, taken: str) -> None:
+    """A mistake in config.ini is told, though the command line overrules it."""
+    case = Case(["--port", taken], files={"config.ini": ini(port="zzz")})
+    (outcome,) = run_all(tmp_path, [case])
+    outcome.refused("config.ini", "port", "zzz")
+
+
+def postgres_at(place: str) -> dict[str, str]:
+    """Return settings for a Postgres at some address."""
+    return {"database_url": f"postgresql://me:hunter2@{place}/x", "secret_key": KEY}
+
+
+REFUSED: dict[str, tuple[Case, str]] = {
+    "Postgres without a key": (
+        Case(settings={"database_url": "postgresql://127.0.0.1/x"}),
+        "secret_key",
+    ),
+    "SQLite with workers": (Case(["--workers", "2"]), "workers"),
+    "a host that is none": (Case(["--host", "no.such.host.invalid"]), "no.such.host.invalid"),
+    "no such folder": (Case(settings={"database_url": "sqlite:///none/chat.db"}), "database_url"),
+    "a folder": (Case(settings={"database_url": "sqlite:////tmp"}), "database_url"),
+    "no database": (Case(files={"chat.db": b"this is no database" * 999}), "database_url"),
+    "no Postgres there": (Case(settings=postgres_at("127.0.0.1:1")), "database_url"),
+    "workers, no Postgres": (Case(["--workers=3"], postgres_at("127.0.0.1:1")), "database_url"),
+    "an empty secret": (Case(files={"chat.db.secret": ""}), "chat.db.secret"),
+    "a short secret": (Case(files={"chat.db.secret": "short"}), "chat.db.secret"),
+}
+
+
+def test_a_start_that_cannot_be_is_told_on_one_line(tmp_path: Path) -> None:
+    """What is missing or wrong around the server is one line that says where, and no password."""
+    cases = [case._replace(settings={"port": "0", **case.settings}) for case, _ in REFUSED.values()]
+    wrong = []
+    for outcome, (name, (_, word)) in zip(run_all(tmp_path, cases), REFUSED.items(), strict=True):
+        try:
+            outcome.refused(word)
+            assert "hunter2" not in outcome.err
+        except AssertionError as error:
+            wrong.append(f"{name}: {str(error)[:300]}")
+    assert wrong == [], "\n".join(wrong)
+
+
+FIRST_EDITION = """CREATE TABLE rooms (room_id TEXT PRIMARY KEY, name TEXT NOT NULL,
+    kind TEXT NOT NULL, seq BIGINT NOT NULL, floor BIGINT NOT NULL, created_by TEXT,
+    created_at BIGINT NOT NULL);
+    CREATE TABLE events (room_id TEXT NOT NULL, seq BIGINT NOT NULL,
+    kind TEXT NOT NULL, username TEXT NOT NULL, target BIGINT, member TEXT, role TEXT, name TEXT,
+    message TEXT, folded TEXT, created_at BIGINT NOT NULL, edited_at BIGINT, client_id TEXT,
+    PRIMARY KEY (room_id, seq))"""
+
+
+def test_an_sqlite_file_of_the_first_edition_is_left_alone(tmp_path: Path) -> None:
+    """A file of the first edition stops the start in one line, and is kept byte for byte."""
+    path = tmp_path / "old.db"
+    connection = sqlite3.connect(path)
+    connection.executescript(FIRST_EDITION)
+    connection.close()
+    before = path.read_bytes()
+    settings = {"database_url": f"sqlite:///{path}", "port": "0"}
+    run_all(tmp_path, [Case(settings=settings)])[0].refused("database_url", "first edition")
+    assert path.read_bytes() == before
+
+
+async def test_a_postgres_of_the_first_edition_is_left_alone(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    """A Postgres with the tables of the first edition stops the start in one line, and is kept."""
+    url = postgres.create_database(postgres_url)
+    await postgres.execute(url, FIRST_EDITION)
+    settings = {"database_url": url, "secret_key": KEY, "port": "0"}
+    run_all(tmp_path, [Case(settings=settings)])[0].refused("database_url", "first edition")
+    tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+    assert {row["tablename"] for row in await query(url, tables)} == {"events", "rooms"}
+
+
+# --- URLs
 
 
 @pytest.mark.parametrize(
@@ -243,300 +433,204 @@ async def test_registration_can_be_closed(start: Start) -> None:
     [
         "sqlite:///kept.db",
         "sqlite:///sub folder/kept.db",
-        "sqlite:///{folder}/kept.db",
-        "sqlite+pysqlite:///{folder}/kept.db",
+        "sqlite:///{home}/kept.db",
+        "sqlite+pysqlite:///{home}/kept.db",
     ],
 )
-def test_sqlite_urls_are_sqlalchemys(launch: Launch, tmp_path: Path, url: str) -> None:
+async def test_sqlite_urls_are_sqlalchemys(home: Path, url: str) -> None:
     """Three slashes are relative, four absolute, and a driver is dropped."""
-    (tmp_path / "sub folder").mkdir()
-    launch("--port", "0", database_url=url.format(folder=tmp_path))
-    where = tmp_path / "sub folder" if "sub" in url else tmp_path
-    assert (where / "kept.db").exists()
+    (home / "sub folder").mkdir()
+    async with serving(create_app(Config(database_url=url.format(home=home)))):
+        assert (home / ("sub folder" if "sub" in url else ".") / "kept.db").exists()
 
 
 @pytest.mark.parametrize(
-    ("scheme", "query"),
+    ("scheme", "parameters"),
     [
         ("postgres", ""),
-        ("postgresql+asyncpg", ""),
-        ("postgresql+psycopg2", "?sslmode=disable"),
-        ("postgres", "?sslmode=prefer&channel_binding=prefer&connect_timeout=10"),
+        ("postgresql+asyncpg", "?sslmode=disable"),
+        ("postgresql+psycopg2", "?sslmode=prefer&channel_binding=prefer&connect_timeout=10"),
         ("postgresql", "?application_name=chat&target_session_attrs=any&options="),
+        ("postgres", "?pgbouncer=true&ssl=false"),
     ],
 )
-def test_postgres_urls_are_as_hosts_give_them(
-    launch: Launch, postgres_url: str, scheme: str, query: str
+async def test_postgres_urls_are_as_hosts_give_them(
+    new_postgres: str, scheme: str, parameters: str
 ) -> None:
     """Whatever the scheme is called, and whatever parameters a host adds, it connects."""
-    url = scheme + postgres_url.removeprefix("postgresql").split("?")[0] + query
-    launch("--port", "0", database_url=url, secret_key=SECRET)
+    url = scheme + new_postgres.removeprefix("postgresql").split("?")[0] + parameters
+    async with serving(create_app(Config(database_url=url, secret_key=KEY))):
+        pass
 
 
-def test_a_pooler_that_cannot_listen_is_told(tmp_path: Path, postgres_url: str) -> None:
-    """A URL that goes through pgbouncer works, or one line says what to change."""
-    url = postgres_url + ("&" if "?" in postgres_url else "?") + "pgbouncer=true"
-    line = one_line(tmp_path, "--port", "0", database_url=url, secret_key=SECRET)
-    assert "pgbouncer" in line
+@pytest.fixture(scope="module")
+def new_postgres(postgres_url: str) -> str:
+    """Give a fresh database on Postgres."""
+    return postgres.create_database(postgres_url)
 
 
-# --- What is refused
+# --- Real processes
 
 
-BAD_VALUES = [
-    *(("port", value) for value in ("x", "-1", "65536", "1.5")),
-    *(("workers", value) for value in ("x", "0")),
-    *(("algorithm", value) for value in ("none", "RS256", "hs256x")),
-    ("registration", "maybe"),
-    *(("access_token_expire_minutes", value) for value in ("x", "-5")),
-    ("password_min_length", "-1"),
-    ("message_length", "9" * 5000),
-    *(("secret_key", value) for value in ("short", "x" * 31)),
-    ("metrics", "perhaps"),
-    *(("trusted_proxies", value) for value in ("not-an-address", "10.0.0.0/99")),
-    *(("database_url", value) for value in ("mysql://x/y", "chat.db", "sqlite:/x")),
+async def test_no_configuration_at_all_works(tmp_path: Path) -> None:
+    """In an empty folder a database and a secret are made, for the owner's eyes only, and kept."""
+    process = Process(tmp_path, "--port", "0")
+    try:
+        await process.ready()
+        assert process.url.startswith("http://127.0.0.1:")
+        key = (tmp_path / "chat.db.secret").read_text()
+        assert len(key.strip()) >= 32
+        for path in (*tmp_path.glob("chat.db*"), tmp_path / "chat.db.secret"):
+            assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+        async with company(process, "alice") as (alice,):
+            assert await process.end(signal.SIGINT) == 0
+            assert process.out.read_text().count("\n") == 1
+            is_clean(process.log)
+            process.start()
+            await process.ready()
+            assert (await alice.ask("GET", "/users/me"))["username"] == alice.name
+            assert await process.end() == 0
+        assert (tmp_path / "chat.db.secret").read_text() == key
+        assert key.strip() not in process.log
+    finally:
+        process.kill()
+
+
+async def test_an_address_of_ipv6_is_printed_as_urls_have_it(tmp_path: Path) -> None:
+    """With `--host ::1` the line that it listens is a URL that can be opened."""
+    url = f"sqlite:///{tmp_path}/chat.db"
+    async with running(tmp_path, url, host="::1") as (process,):
+        assert re.fullmatch(r"http://\[::1\]:\d+", process.url)
+        async with aiohttp.request("GET", f"{process.url}/healthz") as answer:
+            assert answer.status == 200
+
+
+async def test_a_port_and_a_file_belong_to_one_process(tmp_path: Path) -> None:
+    """A second process on a port, or on a SQLite file by any name, is refused in one line."""
+    path = tmp_path / "chat.db"
+    async with running(tmp_path, f"sqlite:///{path}") as (process,):
+        (tmp_path / "link.db").symlink_to(path)
+        port = str(URL(process.url).port)
+        cases = [
+            Case(["--port", port]),
+            Case(["--port", port, "--host", "0.0.0.0"]),  # noqa: S104
+            Case(["--port=0"], {"database_url": f"sqlite:///{path}"}),
+            Case(["--port=0"], {"database_url": f"sqlite:///{tmp_path}/link.db"}),
+        ]
+        words = [port, port, "database_url", "database_url"]
+        for outcome, word in zip(run_all(tmp_path, cases), words, strict=True):
+            outcome.refused(word)
+        assert process.popen.poll() is None
+
+
+STALLED = b"""POST /auth/register HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"""
+
+
+async def test_a_stop_is_orderly_and_quick(new_database: Databases, tmp_path: Path) -> None:
+    """Sockets get 1001 and all ends with 0 within 5 s, whoever reads nothing or sends half."""
+    async with (
+        running(tmp_path, new_database(tmp_path)) as (process,),
+        company(process, "alice") as (alice,),
+    ):
+        room = await alice.room()
+        half = socket.create_connection(("127.0.0.1", URL(process.url).port or 0))
+        half.sendall(STALLED)
+        stalled = alice.chat(room)
+        async with stalled, alice.chat(room) as chat, alice.chat(room, token="") as not_yet:
+            below(stalled.ws).pause_reading()
+            for number in range(60):
+                await chat.send(message="\u611b" * 4000, client_id=f"{number}")
+            await chat.hear("message", client_id="59")
+            began = time.monotonic()
+            process.popen.terminate()
+            assert await chat.closed() == 1001
+            assert await not_yet.closed() == 1001
+            assert await process.over(5 - (time.monotonic() - began)) == 0
+            drop(stalled.ws)
+        half.close()
+
+
+async def test_a_restart_keeps_everything(new_database: Databases, tmp_path: Path) -> None:
+    """Accounts, tokens, rooms, roles, marks and messages are there after a restart."""
+    paths = ("/rooms", "/rooms/{room}", "/rooms/{room}/events", "/users/me")
+    async with (
+        running(tmp_path, new_database(tmp_path)) as (process,),
+        company(process, "alice") as (alice,),
+    ):
+        room = await alice.room(kind="private")
+        await alice.say(room, "remember", client_id="1")
+        before = [await alice.ask("GET", path.format(room=room)) for path in paths]
+        assert await process.end() == 0
+        process.start()
+        await process.ready()
+        assert [await alice.ask("GET", path.format(room=room)) for path in paths] == before
+
+
+# --- set-password
+
+TYPED = [
+    ("{alice}", "one1\ntwo2\n"),
+    ("{alice}", "12345\n"),
+    ("{alice}", ""),
+    ("{alice}", "\n\n"),
+    ("{alice}", "123\n123\n"),
+    ("{alice}", "12345 \n12345\n"),
+    ("{alice}", "a\0bcd\na\0bcd\n"),
+    ("{alice}", "x" * 1025 + "\n" + "x" * 1025 + "\n"),
+    ("nobody-like-this", "12345\n12345\n"),
+    ("", "12345\n12345\n"),
 ]
 
 
-def all_of(tmp_path: Path, check: Callable[..., None], cases: Iterable[Sequence[Any]]) -> None:
-    """Check every case in a folder of its own, two at a time, and tell all that failed."""
-
-    def attempt(numbered: tuple[int, Sequence[Any]]) -> str:
-        """Return what is wrong with a case."""
-        number, case = numbered
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        try:
-            check(folder, *case)
-        except (AssertionError, ValueError, subprocess.TimeoutExpired) as error:
-            return f"{case}: {str(error).splitlines()[:1]}"
-        return ""
-
-    with ThreadPoolExecutor(2) as threads:
-        failures = [failure for failure in threads.map(attempt, enumerate(cases)) if failure]
-    assert failures == []
+def set_password(database: str, name: str, typed: str) -> Case:
+    """Return the command that sets a password."""
+    settings = {"database_url": database, "secret_key": KEY}
+    return Case(["set-password", name], settings, typed=typed)
 
 
-def test_a_bad_value_is_named_with_its_place(tmp_path: Path) -> None:
-    """Wherever a bad value stands, one line names the place and the key."""
-
-    def check(folder: Path, source: str) -> None:
-        """Check one place."""
-        line = refusal(folder, source, "port", "x")
-        named = [place for place in SOURCES if place in line]
-        assert named == [source] or (source == "command line" and "--port" in line), line
-
-    all_of(tmp_path, check, [(source,) for source in SOURCES])
-
-
-def test_a_bad_value_stops_the_start(tmp_path: Path) -> None:
-    """What a setting cannot be is refused in one line, which tells no secret."""
-
-    def check(folder: Path, source: str, key: str, value: str) -> None:
-        """Check one value in one place."""
-        line = refusal(folder, source, key, value)
-        assert key != "secret_key" or value not in line
-
-    sources = itertools.cycle(SOURCES)
-    all_of(tmp_path, check, [(source, *bad) for source, bad in zip(sources, BAD_VALUES)])  # noqa: B905
-
-
-def refusal(folder: Path, source: str, key: str, value: str) -> str:
-    """Set a bad value in a source, check that it is refused by name, and return the line."""
-    arguments: list[str] = []
-    environment: dict[str, str] = {}
-    match source:
-        case "config.ini":
-            config(folder, **{key: value})
-        case ".env":
-            dotenv(folder, f"{key.upper()}={value}")
-        case "environment":
-            environment = {key: value}
-        case _:
-            arguments = ["--" + key.replace("_", "-"), value]
-    line = one_line(folder, *arguments, **environment)
-    assert key in line.lower().replace("-", "_")
-    return line
-
-
-def test_an_unknown_argument_stops_the_start(tmp_path: Path) -> None:
-    """What the command line does not know is named in one line, and nothing is made."""
-
-    def check(folder: Path, *arguments: str) -> None:
-        """Check one command line."""
-        line = one_line(folder, *arguments)
-        named = [each.split("=")[0].strip("-").lower() for each in arguments]
-        assert any(name in line.lower() for name in named), line
-        assert list(folder.iterdir()) == []
-
-    unknown = "--nonsense 1|--nonsense=1|--nonsense|--por 1|--port|--PORT 1|-p 1|nonsense|8000"
-    all_of(tmp_path, check, [each.split() for each in [*unknown.split("|"), "--port 0 stray"]])
-
-
-def test_a_config_ini_with_mistakes_stops_the_start(tmp_path: Path) -> None:
-    """An unknown key or section, a doubled one, or what is no INI at all is one line."""
-
-    def check(folder: Path, text: str, name: str) -> None:
-        """Check one file."""
-        (folder / "config.ini").write_bytes(text.encode("utf-8", "surrogateescape"))
-        line = one_line(folder)
-        assert "config.ini" in line
-        assert name in line
-
-    mistakes = [
-        ("[chatserver]\nnonsense = 1\n", "nonsense"),
-        ("[chatserver]\nport = 0\nport = 1\n", "port"),
-        ("[chatserver]\nport\n", ""),
-        ("port = 0\n", ""),
-        ("[chatserver\nport = 0\n", ""),
-        ("[chat]\nport = 0\n", "chat"),
-        ("[chatserver]\nport = 0\n[more]\nport = 1\n", "more"),
-        ("[chatserver]\nport = \udcff\n", ""),
-    ]
-    all_of(tmp_path, check, mistakes)
-
-
-def test_a_port_in_use_is_told(launch: Launch, tmp_path: Path) -> None:
-    """A port that is taken, by whatever program, stops the start with one line."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert str(port) in one_line(tmp_path, "--port", str(port))
-    other = tmp_path / "other"
-    other.mkdir()
-    port = free_port()
-    launch("--port", str(port))
-    assert str(port) in one_line(other, "--port", str(port))
-    assert str(port) in one_line(other, "--port", str(port), "--host", "0.0.0.0")  # noqa: S104
-
-
-@pytest.mark.parametrize("url", ["sqlite:///chat.db", "sqlite:///{folder}/chat.db", "link"])
-def test_a_second_process_on_one_file_is_refused(launch: Launch, tmp_path: Path, url: str) -> None:
-    """One process owns a SQLite file, by whatever path another one comes to it."""
-    first = launch("--port", "0")
-    if url == "link":
-        (tmp_path / "link.db").symlink_to(tmp_path / "chat.db")
-        url = "sqlite:///link.db"
-    line = one_line(tmp_path, "--port", "0", database_url=url.format(folder=tmp_path))
-    assert "chat.db" in line or "link.db" in line
-    assert first.popen.poll() is None
-    first.kill()
-    launch("--port", "0")
-
-
-def test_workers_need_postgres(tmp_path: Path) -> None:
-    """More than one worker on SQLite is refused with the reason."""
-    line = one_line(tmp_path, "--port", "0", "--workers", "2")
-    assert "workers" in line.lower()
-    assert "sqlite" in line.lower() or "postgres" in line.lower()
-
-
-def test_a_database_that_cannot_hold_every_text_is_refused(
-    tmp_path: Path, postgres_url: str
+async def test_set_password_replaces_a_lost_password(
+    engine: str, new_database: Databases, tmp_path: Path
 ) -> None:
-    """A Postgres database that is not in UTF-8 stops the start, and is told why."""
-    name = f"chat_latin_{secrets.token_hex(6)}"
-    made = f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0"
-    run_apart(execute(postgres_url, made))
-    url = with_database(postgres_url, name)
-    try:
-        assert "UTF8" in one_line(tmp_path, "--port=0", database_url=url, secret_key=SECRET)
-    finally:
-        drop_database(postgres_url, url)
+    """Two equal lines become the password and void every token; whatever else is typed, nothing."""
+    database = new_database(tmp_path)
+    async with (
+        running(tmp_path, database) as (process,),
+        company(process, "alice", "bob") as (alice, bob),
+    ):
+        if engine == "sqlite":
+            assert await process.end() == 0
+        cases = [set_password(database, name.format(alice=alice.name), t) for name, t in TYPED]
+        good = set_password(database, alice.name.upper(), "new one \nnew one \n")
+        *bad, done = run_all(tmp_path, [*cases, good])
+        for outcome in bad:
+            outcome.refused()
+        assert done.code == 0, done
+        assert "new one" not in done.out + done.err
+        if engine == "sqlite":
+            process.start()
+            await process.ready()
+        await alice.ask("GET", "/users/me", status=401)
+        await bob.ask("GET", "/users/me")
+        form = {"username": alice.name, "password": "1234"}
+        await alice.ask("POST", "/auth/token", form, status=400)
+        await alice.ask("POST", "/auth/token", form | {"password": "new one "})
 
 
-def test_workers_that_cannot_start_say_so_once(tmp_path: Path) -> None:
-    """Where no database answers, one worker tries and tells it, not each of them."""
-    url = f"postgresql://chat:secret@127.0.0.1:{free_port()}/chat"
-    line = one_line(tmp_path, "--workers", "3", database_url=url, secret_key=SECRET)
-    assert "database_url" in line
-
-
-def test_postgres_needs_a_secret(tmp_path: Path, postgres_url: str) -> None:
-    """With Postgres the secret has to be given, for all processes share it."""
-    assert "secret_key" in one_line(tmp_path, "--port", "0", database_url=postgres_url).lower()
-
-
-def test_a_postgres_that_is_not_there_is_told_without_its_password(tmp_path: Path) -> None:
-    """A database that refuses is one line, and the password in its URL is not in it."""
-    url = f"postgresql://chat:hunter2@127.0.0.1:{free_port()}/chat"
-    settings: dict[str, Any] = {"database_url": url, "secret_key": SECRET}
-    assert "hunter2" not in one_line(tmp_path, "--port", "0", **settings)
-
-
-@pytest.mark.parametrize("name", ["folder", "nonsense.db", "no-such-folder/chat.db"])
-def test_a_file_that_is_no_database_is_told(tmp_path: Path, name: str) -> None:
-    """What cannot be opened as a database is named in one line, and left as it is."""
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "nonsense.db").write_text("this is no database, and long enough to tell " * 50)
-    line = one_line(tmp_path, "--port", "0", database_url=f"sqlite:///{name}")
-    assert name in line
-    assert (tmp_path / "nonsense.db").read_text().startswith("this is no database")
-
-
-# --- How it ends
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_shutdown_is_clean(start: Start, number: signal.Signals) -> None:
-    """Sockets get 1001 and the exit code is 0 within 5 s, even with a reader that has stalled."""
-    server = await start()
-    alice = await server.user("alice")
-    room = await alice.room()
-    stalled = Wire(alice, room, buffer=4096)
-    half = socket.create_connection(("127.0.0.1", stalled.server_port))
-    half.sendall(b"POST /auth/register HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-    try:
-        async with alice.chat(room) as ws, server.chat(room) as not_yet:
-            poll = alice.get(f"/rooms/{room}/events?after=1000&wait=30")
-            async with background(poll):
-                for _ in range(40):
-                    await ws.say("愛" * 4000)
-                await ws.deliver("the last")
-                server.process.popen.send_signal(number)
-                assert await ws.closed() == 1001
-                assert await not_yet.closed() == 1001
-                assert await asyncio.to_thread(server.process.popen.wait, 5) == 0
-    finally:
-        stalled.close()
-        half.close()
-    assert len(server.process.stdout.splitlines()) == 1
-
-
-async def test_what_was_accepted_is_finished(start: Start) -> None:
-    """Requests under way when the shutdown comes are answered truly or not at all."""
-    server = await start()
-    alice = await server.user("alice")
-    acked: list[int] = []
-
-    async def write() -> None:
-        """Post messages until the server is gone."""
-        with contextlib.suppress(*LOST):
-            for number in itertools.count():
-                body = {"message": f"text {number}"}
-                answer = await alice.post("/rooms/1/messages", json=body)
-                if answer.status == 503:
-                    return
-                acked.append(answer.ok(201)["seq"])
-
-    async with background(*(write() for _ in range(10))) as tasks:
-        while len(acked) < 50:
-            await asyncio.sleep(0.01)
-        assert await asyncio.to_thread(server.process.stop, 5) == 0
-        await asyncio.wait_for(asyncio.gather(*tasks), 10)
-    await server.restart()
-    stored = [event["seq"] for event in await alice.events("1") if event["type"] == "message"]
-    assert len(acked) == len(set(acked))
-    assert set(acked) <= set(stored)
-
-
-async def test_a_restart_keeps_everything(start: Start) -> None:
-    """Accounts, tokens, rooms, roles and messages are there after a restart."""
-    server = await start()
-    alice = await server.user("alice")
-    room = await alice.room(kind="private")
-    await alice.say(room, "remember")
-    before = [(await alice.get(path)).ok() for path in ("/rooms", f"/rooms/{room}/events")]
-    assert await asyncio.to_thread(server.process.stop) == 0
-    await server.restart()
-    after = [(await alice.get(path)).ok() for path in ("/rooms", f"/rooms/{room}/events")]
-    assert before == after
+async def test_set_password_beside_a_running_server(
+    engine: str, new_database: Databases, tmp_path: Path
+) -> None:
+    """With SQLite it is refused, with Postgres it closes the user's sockets 4401; others go on."""
+    database = new_database(tmp_path)
+    async with (
+        running(tmp_path, database) as (process,),
+        company(process, "alice", "bob") as (alice, bob),
+        alice.chat("1") as chat,
+        bob.chat("1") as other,
+    ):
+        (done,) = run_all(tmp_path, [set_password(database, alice.name, "12345\n12345\n")])
+        if engine == "sqlite":
+            done.refused()
+        else:
+            assert done.code == 0, done
+            assert await chat.closed() == 4401
+        await other.deliver("undisturbed")
