@@ -9,8 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import yaml  # type: ignore[import-untyped]
 
 from chatserver import Config
 from tests.conftest import missing
-from tests.people import enrol
+from tests.people import At, enrol
 from tests.postgres import free_port
 from tests.processes import PATIENCE, ROOT, SETTINGS, Process, running, until
 
@@ -67,63 +66,41 @@ def caddy(folder: Path, port: int, upstream: str) -> list[str]:
     return [tool("caddy"), "run", "--config", str(config), "--adapter", "caddyfile"]
 
 
-class Through(Process):
-    """A server as it is seen through a proxy."""
-
-    def __init__(self, process: Process, url: str) -> None:
-        """Speak to this address in the place of the server's own."""
-        self.__dict__.update(process.__dict__)
-        self.address = url
-
-    @property
-    def url(self) -> str:
-        """Return the proxy's address."""
-        return self.address
-
-
-def answers(port: int) -> bool:
-    """Return whether somebody listens on a port of 127.0.0.1."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-Behind = Callable[..., AbstractAsyncContextManager[Process]]
-
-
 @pytest.fixture(params=[nginx, caddy], ids=["nginx", "caddy"])
-def behind(request: pytest.FixtureRequest, tmp_path: Path) -> Behind:
-    """Give a function that runs a server behind a proxy that is set up as deploy/ says."""
-    proxies = re.findall(r"PROXIES=(\d)", (DEPLOY / "nginx.conf").read_text("utf-8"))
-    assert proxies == re.findall(r"PROXIES=(\d)", (DEPLOY / "Caddyfile").read_text("utf-8"))
+async def behind(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> AsyncIterator[tuple[Process, str]]:
+    """Run a server behind a proxy, both as deploy/ says; give it and the proxy's address."""
+    snippets = [(DEPLOY / name).read_text("utf-8") for name in ("nginx.conf", "Caddyfile")]
+    (proxies,) = {number for text in snippets for number in re.findall(r"PROXIES=(\d)", text)}
+    settings: dict[str, Any] = {"proxies": proxies, "logins_per_minute": 2}
+    async with running(tmp_path, f"sqlite:///{tmp_path}/chat.db", **settings) as [process]:
+        port, log = free_port(), tmp_path / "proxy.log"
+        command = request.param(tmp_path, port, process.url.removeprefix("http://"))
+        home = {"HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
+        with log.open("wb") as out:
+            proxy = subprocess.Popen(command, env=os.environ | home, stdout=out, stderr=out)  # noqa: S603
 
-    @asynccontextmanager
-    async def behind(**settings: Any) -> AsyncIterator[Process]:
-        """Run both, the proxy on a free port, until the block ends."""
-        database = f"sqlite:///{tmp_path}/chat.db"
-        async with running(tmp_path, database, proxies=proxies[0], **settings) as [process]:
-            port = free_port()
-            command = request.param(tmp_path, port, process.url.removeprefix("http://"))
-            home = {"HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
-            with (tmp_path / "proxy.log").open("wb") as log:
-                proxy = subprocess.Popen(  # noqa: S603
-                    command, env={**os.environ, **home}, stdout=log, stderr=log
-                )
-            try:
-                await until(lambda: answers(port) or proxy.poll() is not None, "the proxy")
-                assert proxy.poll() is None, (tmp_path / "proxy.log").read_text()
-                yield Through(process, f"http://127.0.0.1:{port}")
-            finally:
-                proxy.terminate()
-                await asyncio.to_thread(proxy.wait, PATIENCE)
+        def listens() -> bool:
+            """Try to connect to the proxy, which should not end."""
+            assert proxy.poll() is None, log.read_text()
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", port)) == 0
 
-    return behind
+        try:
+            await until(listens, "the proxy")
+            yield process, f"http://127.0.0.1:{port}"
+        finally:
+            proxy.terminate()
+            await asyncio.to_thread(proxy.wait, PATIENCE)
 
 
 @pytest.mark.slow
-async def test_people_chat_through_a_proxy(behind: Behind) -> None:
+async def test_people_chat_through_a_proxy(behind: tuple[Process, str]) -> None:
     """Through it people log in, chat live, resume, and hear that the server shuts down."""
-    async with behind() as server, aiohttp.ClientSession() as session:
-        alice, bob = await enrol(session, server, "alice", "bob")
+    process, url = behind
+    async with aiohttp.ClientSession() as session:
+        alice, bob = await enrol(session, At(url), "alice", "bob")
         async with alice.chat("1") as hers, bob.chat("1", "?after=0", token="") as his:
             await his.send(type="auth", token=bob.token)
             await his.hear("hello")
@@ -132,30 +109,29 @@ async def test_people_chat_through_a_proxy(behind: Behind) -> None:
             await his.deliver("and back")
             await hers.hear("message", message="and back")
             assert his.numbers == list(range(1, sent["seq"] + 2))
-            ends = tuple(await asyncio.gather(hers.closed(), his.closed(), server.end()))
+            ends = tuple(await asyncio.gather(hers.closed(), his.closed(), process.end()))
             assert ends == (1001, 1001, 0)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8")
-async def test_the_server_knows_people_apart_behind_a_proxy(behind: Behind) -> None:
+async def test_the_server_knows_people_apart_behind_a_proxy(behind: tuple[Process, str]) -> None:
     """Limits count for the address of the client, whatever that client claims in a header."""
-    async with behind(logins_per_minute=2) as server:
+    form = {"username": "nobody", "password": "wrong"}
 
-        async def fail(address: str, claim: str) -> int:
-            """Fail to log in from an address while claiming to be another."""
-            connector = aiohttp.TCPConnector(local_addr=(address, 0))
-            form = {"username": "nobody", "password": "wrong"}
-            headers = {"X-Forwarded-For": claim}
-            async with (
-                aiohttp.ClientSession(connector=connector) as session,
-                session.post(server.url + "/auth/token", data=form, headers=headers) as answer,
-            ):
-                return answer.status
+    async def fail(address: str, claim: str) -> int:
+        """Fail to log in from an address while claiming to be another."""
+        connector = aiohttp.TCPConnector(local_addr=(address, 0))
+        headers = {"X-Forwarded-For": claim}
+        async with (
+            aiohttp.ClientSession(behind[1], connector=connector) as session,
+            session.post("/auth/token", data=form, headers=headers) as answer,
+        ):
+            return answer.status
 
-        tries = [await fail("127.0.0.2", f"203.0.113.{number}") for number in range(4)]
-        assert tries == [400, 400, 429, 429]
-        assert await fail("127.0.0.3", "127.0.0.2") == 400
+    tries = [await fail("127.0.0.2", f"203.0.113.{number}") for number in range(4)]
+    assert tries == [400, 400, 429, 429]
+    assert await fail("127.0.0.3", "127.0.0.2") == 400
 
 
 # --- The unit
@@ -194,46 +170,39 @@ def instructions(name: str) -> list[str]:
     return re.findall(rf"^{name}\s+(.+)$", DOCKERFILE, re.MULTILINE)
 
 
-def test_the_image_is_built_of_two_stages_and_does_not_run_as_root() -> None:
-    """The image ends as an ordinary user, and its command is given as a list."""
+def test_the_image_does_not_run_as_root_and_is_built_of_what_it_needs() -> None:
+    """It ends as an ordinary user, runs the program, and Docker sees just the files it copies."""
     assert len(instructions("FROM")) == 2
-    assert instructions("USER") == ["chat"]
-    assert instructions("VOLUME") == ["/data"]
+    assert (instructions("USER"), instructions("VOLUME")) == (["chat"], ["/data"])
     assert json.loads(instructions("CMD")[-1]) == ["python", "/app/chatserver.py"]
-
-
-def test_the_build_sees_just_what_it_copies() -> None:
-    """The list of files that Docker may see is that of the files copied."""
     ignore = (DEPLOY / "Dockerfile.dockerignore").read_text("utf-8").splitlines()
-    seen = [line.removeprefix("!") for line in ignore if line.startswith("!")]
-    copied = [name for line in instructions("COPY") for name in line.split()[:-1]]
-    assert sorted(seen) == sorted(set(copied) - {"--from=packages", "/venv"})
-    assert all((ROOT / name).exists() for name in seen)
+    seen = {line.removeprefix("!") for line in ignore if line.startswith("!")}
+    copied = {name for line in instructions("COPY") for name in line.split()[:-1]}
+    assert seen == copied - {"--from=packages", "/venv"}
 
 
 @pytest.mark.slow
 async def test_the_image_has_all_that_the_server_needs(tmp_path: Path) -> None:
     """Of its files alone the server runs; its health check and the copy of its database work."""
-    for line in instructions("COPY"):
-        *names, target = line.split()
-        if target.startswith("/app"):
-            folder = tmp_path / target.strip("/")
-            for name in names:
-                (folder.parent if (ROOT / name).is_dir() else folder).mkdir(exist_ok=True)
-                copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-                copy(ROOT / name, folder)
     (data := tmp_path / "data").mkdir()
+    (app := tmp_path / "app").mkdir()
+    for name in ("chatserver.py", "schema.sql"):
+        shutil.copy(ROOT / name, app)
+    shutil.copytree(ROOT / "web", app / "web")
+    assert instructions("COPY")[-2:] == ["chatserver.py schema.sql /app/", "web /app/web"]
     variables = dict(re.findall(r"\b([A-Z_]+)=(\S+)", instructions("ENV")[0]))
     assert variables["DATABASE_URL"] == "sqlite:////data/chat.db"
     database, port = f"sqlite:///{data}/chat.db", free_port()
     settings: dict[str, Any] = {"database_url": database, "host": variables["HOST"], "port": port}
-    process = Process(data, program=tmp_path / "app" / "chatserver.py", **settings)
+    process = Process(data, program=app / "chatserver.py", **settings)
     (check,) = instructions("HEALTHCHECK")
-    arguments = json.loads(check[check.index("[") :])[1:]
-    environment = {**os.environ, "PORT": str(port)}
+    health = json.loads(check[check.index("[") :])[1:]
+    notes = (DEPLOY / "README.md").read_text("utf-8")
+    (copy,) = re.findall(r'docker exec chat python -c "(.*)"\n', notes)
 
     async def run(*arguments: str) -> int:
         """Run Python as Docker does."""
+        environment = {**os.environ, "PORT": str(port)}
         program = await asyncio.create_subprocess_exec(
             sys.executable, *arguments, env=environment, stderr=subprocess.DEVNULL
         )
@@ -241,18 +210,14 @@ async def test_the_image_has_all_that_the_server_needs(tmp_path: Path) -> None:
 
     try:
         await process.ready()
-        async with aiohttp.ClientSession(process.url) as session:
+        async with aiohttp.ClientSession(process.url, raise_for_status=True) as session:
             for path in ("/", "/docs", "/web/docs.js", "/openapi.json"):
-                async with session.get(path) as answer:
-                    assert answer.status == 200, path
-        assert await run(*arguments) == 0
-        notes = (DEPLOY / "README.md").read_text("utf-8")
-        (line,) = re.findall(r'docker exec chat python -c "(.*)"\n', notes)
-        statement = line.replace('\\"', '"').replace("/data", str(data))
-        assert await run("-c", statement) == 0
+                (await session.get(path)).release()
+        assert await run(*health) == 0
+        assert await run("-c", copy.replace('\\"', '"').replace("/data", str(data))) == 0
         assert (data / "backup.db").stat().st_size > 0
         assert await process.end() == 0
-        assert await run(*arguments) != 0
+        assert await run(*health) != 0
     finally:
         process.kill()
 
