@@ -3,7 +3,7 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
@@ -51,6 +51,14 @@ class Socket:
         client_id = more.setdefault("client_id", unique("id"))
         await self.send(message=text, **more)
         return await self.hears(text, client_id=client_id)
+
+    async def say_all(self, texts: Iterable[str]) -> None:
+        """Send messages one upon another, and wait until all have come back."""
+        client_id = ""
+        for text in texts:
+            client_id = unique("id")
+            await self.send(message=text, client_id=client_id)
+        await self.hears(client_id=client_id)
 
     async def ask(self, code: str = "", **frame: Any) -> Event:
         """Send a frame that is refused; return the error, which names the frame."""
