@@ -1,655 +1,515 @@
-"""The WebSocket: logging in, hearing and being heard, resuming, and being refused."""
+"""The WebSocket: logging in, being heard, being refused, whispers, and how a socket ends."""
 
 import asyncio
 import json
+import time
 from typing import Any
-from urllib.parse import quote
 
-import aiohttp
+import jwt
 import pytest
+from aiohttp import WSMsgType
 
-from tests.conftest import Launch
-from tests.helpers import UPGRADE, ClosedError, Event, Server, User, claims, forge, unique
-from tests.test_messages import BAD_CLIENT_IDS, BAD_TEXTS, GOOD_TEXTS
-
-BAD_CURSORS = ["-1", "x", "1.5", "", "%20", "1e3", "%D9%A3", "9" * 5000, str(2**53 + 1), "%00"]
-
-
-def auth(token: str) -> Event:
-    """Return the frame that logs in."""
-    return {"type": "auth", "token": token}
+import chatserver
+from tests.helpers import Room, Server, User
+from tests.sockets import UPGRADE, Socket, Wire
+from tests.words import KEY, until
 
 
-async def test_hello_comes_first(server: Server) -> None:
+def short_lived(user: User, seconds: float) -> str:
+    """Return a token of the user's that ends so many seconds from now."""
+    claims = jwt.decode(user.token, KEY, ["HS256"])
+    return jwt.encode(claims | {"exp": time.time() + seconds}, KEY)
+
+
+# --- Coming in
+
+
+async def test_hello_comes_first(chat: Server) -> None:
     """A socket opened with the header gets a hello that says where and who one is."""
-    alice = await server.user("alice")
+    alice = await chat.user("alice")
     room = await alice.room()
-    async with alice.chat(room) as ws:
-        assert ws.frames[0] == ws.hello
-        online = ws.hello.pop("online")
-        assert set(online) <= {alice.username}
-        epoch = ws.hello.pop("epoch")
-        assert quote(str(epoch)) == await alice.epoch(room)
-        assert ws.hello == {
+    socket = await alice.enter(room)
+    assert socket.frames == [
+        {
             "type": "hello",
-            "room_id": room,
-            "username": alice.username,
+            "room_id": room.room_id,
+            "username": alice.name,
             "role": "owner",
             "seq": 1,
+            "epoch": socket.hello["epoch"],
+            "online": [alice.name],
         }
+    ]
 
 
-async def test_a_first_frame_logs_in_as_the_header_does(server: Server) -> None:
+async def test_a_first_frame_logs_in_as_the_header_does(chat: Server) -> None:
     """A browser, which cannot send the header, logs in by its first frame."""
-    alice = await server.user("alice")
+    alice = await chat.user("alice")
     room = await alice.room()
-    async with server.chat(room) as ws:
-        await ws.send(auth(alice.token))
-        assert (await ws.next())["type"] == "hello"
-        assert (await ws.deliver("Hello World!"))["username"] == alice.username
+    await alice.post_in(room, "before")
+    socket = await Socket(alice, room, after=1).connect(header=False)
+    await socket.ws.ping()
+    await socket.send(type="auth", token=alice.token)
+    assert (await socket.next())["type"] == "hello"
+    await socket.hears("before")
+    await socket.say("Hello World!")
 
 
-@pytest.mark.parametrize(
-    "frame",
-    [
-        '{"type":"auth","token":"nonsense"}',
-        '{"type":"auth","token":""}',
-        '{"type":"auth","token":5}',
-        '{"type":"auth"}',
-        '{"type":"auth","token":null}',
-        '{"message":"Hello World!"}',
-        '{"type":"typing"}',
-        "{}",
-        "[]",
-        "null",
-        "auth",
-        "",
-        '{"type":"auth","token":"a","token":"b"}',
-        "[" * 60000,
-    ],
-)
-async def test_any_other_first_frame_closes_4401(server: Server, frame: str) -> None:
-    """A bad token, or anything else before a good one, ends the socket with the reason."""
-    async with server.chat("1") as ws:
-        await ws.send_text(frame)
-        assert await ws.closed() == 4401
-        assert ws.reason
-        assert ws.frames == []
-
-
-async def test_a_first_frame_that_is_binary_closes(server: Server) -> None:
-    """A binary first frame is no log-in."""
-    alice = await server.user("alice")
-    async with server.chat("1") as ws:
-        await ws.send_bytes(json.dumps(auth(alice.token)).encode())
-        assert await ws.closed() in {1003, 4401}
-
-
-async def test_who_does_not_log_in_is_let_go_after_ten_seconds(
-    launch: Launch, session: aiohttp.ClientSession
-) -> None:
-    """A socket without a log-in is closed with 4401 after about 10 s, whatever the database."""
-    server = Server(launch("--port", "0"), session)
-    async with server.chat("1") as ws:
-        began = asyncio.get_running_loop().time()
-        with pytest.raises(ClosedError):
-            await ws.next(patience=15)
-        assert ws.code == 4401
-        assert 8 < asyncio.get_running_loop().time() - began < 13
-
-
-@pytest.mark.parametrize(
-    ("status", "close", "room", "query"),
-    [
-        (404, 4404, "no-such-room", ""),
-        (404, 4404, "NO", ""),
-        (404, 4404, "x" * 65, ""),
-        (403, 4403, "{private}", ""),
-        (403, 4403, "{banned}", ""),
-        *((400, 4400, "1", f"?after={cursor}") for cursor in BAD_CURSORS),
-        *((400, 4400, "1", f"?last={cursor}") for cursor in BAD_CURSORS),
-        (400, 4400, "1", "?after=1&after=2"),
-    ],
-)
-async def test_a_refusal_comes_before_the_upgrade_or_as_a_close_code(
-    server: Server, status: int, close: int, room: str, query: str
-) -> None:
-    """By header a refusal is an HTTP error; by first frame it is a close code with a reason."""
-    alice, bob = await server.users("alice", "bob")
-    if room in {"{private}", "{banned}"}:
-        kind = "private" if room == "{private}" else "public"
-        room = await alice.room(kind=kind)
-        if kind == "public":
-            await alice.appoint(room, bob, "banned")
-    path = f"/websockets/chat/{room}{query}"
-    (await bob.get(path, headers=UPGRADE)).refused(status)
-    async with server.chat(room + query) as ws:
-        await ws.send(auth(bob.token))
-        assert await ws.closed() == close
-        assert ws.reason
-
-
-@pytest.mark.parametrize("value", ["Bearer nonsense", "Bearer ", "Basic Og==", "nonsense", ""])
-async def test_a_bad_header_is_401_before_the_upgrade(server: Server, value: str) -> None:
-    """An Authorization header that does not log in is refused, not taken for none."""
-    headers = UPGRADE | {"Authorization": value}
-    (await server.get("/websockets/chat/1", headers=headers)).refused(401, "unauthorized")
-
-
-async def test_a_plain_get_is_no_websocket(server: Server) -> None:
-    """Without an upgrade the path answers an error, not a crash."""
-    alice = await server.user("alice")
-    answer = await alice.get("/websockets/chat/1")
-    assert answer.refused(answer.status)
-    assert 400 <= answer.status < 500
-
-
-async def test_pages_from_elsewhere_are_refused(server: Server) -> None:
-    """An Origin that is not the server's own is 403; its own, or none, is welcome."""
-    alice = await server.user("alice")
-    room = await alice.room()
-    path = f"/websockets/chat/{room}"
-    for origin in ("http://evil.example", "null", f"{server.url}.evil.example", "https://[", "x"):
-        (await alice.get(path, headers=UPGRADE | {"Origin": origin})).refused(403, "forbidden")
-    async with alice.chat(room, headers={"Origin": server.url}) as ws:
-        await ws.deliver("from my own page")
-
-
-async def test_connecting_joins_a_public_room(server: Server) -> None:
-    """The first connection makes a member, once, and the hello counts the join already."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room()
-    async with alice.chat(room) as hers:
-        async with bob.chat(room) as ws:
-            assert (ws.hello["role"], ws.hello["seq"]) == ("member", 2)
-            if alice.username not in ws.hello["online"]:  # then it follows within half a second
-                await ws.event("presence", username=alice.username, online=True)
-        event = await hers.event("member")
-        assert (event["seq"], event["member"], event["role"]) == (2, bob.username, "member")
-        async with bob.chat(room) as ws:
-            assert ws.hello["seq"] == 2
-            assert ws.numbers == []
-
-
-async def test_hello_world_is_seen_by_all_at_once_and_in_the_history(server: Server) -> None:
-    """The shortest frame is a message: its sender, the others and the history see one event."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room(bob)
-    async with alice.chat(room) as hers, bob.chat(room) as his:
-        await hers.send_text('{"message": "Hello World!"}')
-        echo = await hers.event("message")
-        assert await his.event("message") == echo
-    assert (echo["message"], echo["username"], echo["seq"]) == ("Hello World!", alice.username, 3)
-    assert (echo["room_id"], "client_id" in echo) == (room, False)
-    assert (await bob.get(f"/rooms/{room}/messages")).ok() == [echo]
-    assert (await bob.events(room))[-1] == echo
-
-
-@pytest.mark.parametrize("text", GOOD_TEXTS)
-async def test_a_text_travels_as_it_is(server: Server, text: str) -> None:
-    """Every character of a good text comes out as it went in."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room(bob)
-    async with alice.chat(room) as hers, bob.chat(room) as his:
-        assert (await hers.deliver(text))["message"] == text
-        assert (await his.event("message"))["message"] == text
-
-
-async def test_what_is_posted_over_http_arrives_on_sockets(server: Server) -> None:
-    """A socket hears a message over HTTP, its sender's own sockets too, with the client id."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room(bob)
-    async with alice.chat(room) as hers, bob.chat(room) as his:
-        posted = await alice.say(room, "by post", client_id="p1")
-        assert await hers.event("message") == posted
-        assert await his.event("message") == posted
-
-
-async def test_all_see_one_order_without_gaps(server: Server) -> None:
-    """Messages of three senders at once arrive at all of them under the same numbers."""
-    users = await server.users("alice", "bob", "carol")
-    room = await users[0].room(*users[1:])
-    async with users[0].chat(room) as a, users[1].chat(room) as b, users[2].chat(room) as c:
-        sockets = (a, b, c)
-        for number in range(40):
-            await asyncio.gather(*(ws.say(f"message {number}") for ws in sockets))
-        streams = [await ws.upto(3 + 120) for ws in sockets]
-    assert streams[0] == streams[1] == streams[2]
-    assert [event["seq"] for event in streams[0]] == list(range(4, 124))
-    for user in users:
-        mine = [e["message"] for e in streams[0] if e["username"] == user.username]
-        assert mine == [f"message {number}" for number in range(40)]
-
-
-async def test_a_retry_is_answered_by_an_ack_to_its_sender_alone(server: Server) -> None:
-    """Sending again under a client id gives the first number, and no second message."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room(bob)
-    async with alice.chat(room) as hers, bob.chat(room) as his:
-        first = await hers.deliver("once", client_id="c1")
-        await hers.say("once", client_id="c1")
-        ack = await hers.event("ack")
-        assert (ack["client_id"], ack["seq"]) == ("c1", first["seq"])
-        body = {"message": "once", "client_id": "c1"}
-        answer = await alice.post(f"/rooms/{room}/messages", json=body)
-        assert answer.ok(200)["seq"] == first["seq"]
-        last = await hers.deliver("twice", client_id="c2")
-        assert last["seq"] == first["seq"] + 1
-        await his.upto(last["seq"])
-        assert his.numbers == [first["seq"], last["seq"]]
-        assert not any(frame["type"] == "ack" for frame in his.frames)
-        assert hers.numbers == [first["seq"], last["seq"]]
-
-
-async def test_a_retry_is_known_after_an_edit_and_a_delete(server: Server) -> None:
-    """Also what has been edited or deleted since is acknowledged under its first number."""
-    alice = await server.user("alice")
-    room = await alice.room()
-    async with alice.chat(room) as ws:
-        seq = (await ws.deliver("one", client_id="c1"))["seq"]
-        await ws.send({"type": "edit", "target": seq, "message": "two"})
-        await ws.event("edit")
-        for text in ("one", "two", "three"):
-            await ws.say(text, client_id="c1")
-            assert (await ws.event("ack"))["seq"] == seq
-        await ws.send({"type": "delete", "target": seq})
-        await ws.event("delete")
-        await ws.say("one", client_id="c1")
-        assert (await ws.event("ack"))["seq"] == seq
-        assert await alice.head(room) == seq + 2
-
-
-async def test_another_text_under_a_client_id_is_an_error(server: Server) -> None:
-    """A client id in use for another text is refused with that id, not acknowledged."""
-    alice = await server.user("alice")
-    room = await alice.room()
-    async with alice.chat(room) as ws:
-        await ws.deliver("one", client_id="c1")
-        await ws.say("two", client_id="c1")
-        assert (await ws.refusal("conflict"))["client_id"] == "c1"
-        await ws.deliver("three")
-    assert await alice.head(room) == 3
-
-
-async def test_two_of_one_client_id_in_one_write_make_one_message(server: Server) -> None:
-    """Frames that arrive together are told apart too: one echo, then acks or a conflict."""
-    alice = await server.user("alice")
-    room = await alice.room()
-    async with alice.chat(room) as ws:
-        for text in ("one", "one", "two"):
-            await ws.say(text, client_id="c1")
-        kinds = [(await ws.find(lambda f: f.get("client_id") == "c1"))["type"] for _ in range(3)]
-    assert sorted(kinds) == ["ack", "error", "message"]
-    assert await alice.head(room) == 2
-
-
-async def filled(user: User, count: int = 10) -> str:
-    """Return a room of the user's with this many messages, numbered from 2."""
-    room = await user.room()
-    async with user.chat(room) as ws:
-        for number in range(count):
-            await ws.say(f"message {number}")
-        await ws.upto(count + 1)
-    return room
-
-
-@pytest.mark.parametrize("after", [0, 1, 5, 10, 11])
-async def test_after_delivers_what_was_missed_and_then_goes_live(
-    server: Server, after: int
-) -> None:
-    """`after=N` gives N+1, N+2 … once each, as the log has them, and then what is new."""
-    alice = await server.user("alice")
-    room = await filled(alice)
-    epoch = await alice.epoch(room)
-    async with alice.chat(room, after=after, epoch=epoch) as ws:
-        assert ws.hello["seq"] == 11
-        await ws.deliver("live")
-        assert ws.numbers == list(range(after + 1, 13))
-        assert ws.events == await alice.events(room, after)
-
-
-@pytest.mark.parametrize(("last", "first"), [(0, 12), (1, 11), (3, 9), (10, 2), (1000, 1)])
-async def test_last_begins_with_the_newest_messages(server: Server, last: int, first: int) -> None:
-    """`last=N` gives the N newest messages in order, and then goes live."""
-    alice = await server.user("alice")
-    room = await filled(alice)
-    async with alice.chat(room, last=last) as ws:
-        await ws.deliver("live")
-        shown = [event["seq"] for event in ws.events if event["type"] == "message"]
-        assert shown == list(range(max(first, 2), 13))
-
-
-async def test_last_is_clamped_to_the_history_limit(server: Server) -> None:
-    """However much is asked for, at most 200 messages come."""
-    alice = await server.user("alice")
-    room = await filled(alice, 210)
-    async with alice.chat(room, last=2**53) as ws:
-        await ws.deliver("live")
-        assert len([e for e in ws.events if e["type"] == "message"]) == 201
-
-
-async def test_without_a_cursor_only_what_is_new_comes(server: Server) -> None:
-    """Neither `after` nor `last`: nothing old is sent."""
-    alice = await server.user("alice")
-    room = await filled(alice)
-    async with alice.chat(room) as ws:
-        await ws.deliver("live")
-        assert ws.numbers == [12]
-
-
-@pytest.mark.parametrize("query", [{"after": 12}, {"after": 2**53}, {"after": 5, "epoch": "x"}])
-async def test_a_cursor_that_cannot_be_served_is_reset_and_goes_live(
-    server: Server, query: dict[str, Any]
-) -> None:
-    """Above the head or of another epoch: the client is told to begin again, and hears on."""
-    alice = await server.user("alice")
-    room = await filled(alice)
-    async with alice.chat(room, **query) as ws:
-        reset = await ws.event("reset")
-        assert (reset["seq"], reset["epoch"]) == (11, ws.hello["epoch"])
-        assert reset["floor"] in {0, 1}
-        await ws.deliver("live")
-        assert ws.numbers == [12]
-
-
-async def test_a_replay_shows_texts_as_they_are_now(server: Server) -> None:
-    """A replay gives the edited text at once, the deleted none, then both events."""
-    alice = await server.user("alice")
-    room = await filled(alice, 2)
-    path = f"/rooms/{room}/messages"
-    (await alice.patch(f"{path}/2", json={"message": "edited"})).ok()
-    (await alice.delete(f"{path}/3")).ok(204)
-    async with alice.chat(room, after=1) as ws:
-        edited, deleted, edit, delete = (await ws.upto(5))[:4]
-    assert (edited["message"], edit["message"], edit["target"]) == ("edited", "edited", 2)
-    assert (deleted["deleted"], delete["target"]) == (True, 3)
-    assert "message" not in deleted
-    assert [edit["type"], delete["type"]] == ["edit", "delete"]
-
-
-# Frames that are refused, with what the error has to say; {alice} is not bob's.
-REFUSED: list[tuple[str, dict[str, Any]]] = [
-    *((text, {}) for text in ("", "x", "{", '{"message":"x"', "[]", "[{}]", "5", "null", '"x"')),
-    *((text, {}) for text in ("{'message':'x'}", '{"message":"x"}{}', "\ufeff", "NaN", "{}")),
-    ('{"message":NaN}', {}),
-    ('{"message":"x","more":Infinity}', {}),
-    ('{"message":"x","message":"y"}', {}),
-    ('{"message":"x","more":{"a":1,"a":2}}', {}),
-    ("[" * 60000, {}),
-    ('{"message":' + "[" * 30000 + "]" * 30000 + "}", {}),
-    ('{"message":"x","n":' + '{"a":' * 10000 + "1" + "}" * 10000 + "}", {}),
-    ('{"type":"read","seq":' + "9" * 5000 + "}", {}),
-    ('{"type":"nonsense","client_id":"c9"}', {}),
-    ('{"type":5}', {}),
-    ('{"type":null,"message":"x"}', {}),
-    ('{"type":["message"],"message":"x"}', {}),
-    ('{"type":"hello"}', {}),
-    ('{"type":"message"}', {}),
-    ('{"type":"message","text":"x","client_id":"c7"}', {"client_id": "c7"}),
-    ('{"type":"message","message":"","client_id":"c8"}', {"client_id": "c8"}),
-    ('{"type":"edit","message":"x"}', {}),
-    ('{"type":"edit","target":2}', {"target": 2}),
-    ('{"type":"edit","target":2,"message":" ","client_id":"e"}', {"target": 2, "client_id": "e"}),
-    ('{"type":"edit","target":"2","message":"x"}', {}),
-    ('{"type":"edit","target":2.5,"message":"x"}', {}),
-    ('{"type":"edit","target":true,"message":"x"}', {}),
-    ('{"type":"edit","target":null,"message":"x"}', {}),
-    ('{"type":"edit","target":1e999,"message":"x"}', {}),
-    ('{"type":"edit","target":-1,"message":"x"}', {}),
-    ('{"type":"edit","target":1,"message":"x"}', {"error": "not_found", "target": 1}),
-    ('{"type":"edit","target":99,"message":"x"}', {"error": "not_found", "target": 99}),
-    ('{"type":"edit","target":' + str(2**70) + ',"message":"x"}', {}),
-    ('{"type":"edit","target":2,"message":"x"}', {"error": "forbidden", "target": 2}),
-    ('{"type":"delete"}', {}),
-    ('{"type":"delete","target":[]}', {}),
-    ('{"type":"delete","target":1,"client_id":"d"}', {"error": "not_found", "client_id": "d"}),
-    ('{"type":"delete","target":99}', {"error": "not_found", "target": 99}),
-    ('{"type":"delete","target":2}', {"error": "forbidden", "target": 2}),
-    ('{"type":"read"}', {}),
-    ('{"type":"read","seq":"1"}', {}),
-    ('{"type":"read","seq":-1}', {}),
-    ('{"type":"read","seq":1.5}', {}),
-    ('{"type":"read","seq":true}', {}),
-    ('{"type":"auth","token":"nonsense"}', {"error": "unauthorized"}),
-    ('{"type":"auth","token":5}', {}),
-    ('{"type":"auth"}', {}),
+BAD_FIRST_FRAMES = [
+    '{"type":"auth","token":"nonsense"}',
+    '{"type":"auth","token":""}',
+    '{"type":"auth","token":5}',
+    '{"type":"auth","token":"\\ud800"}',
+    '{"type":"auth"}',
+    '{"type":"auth","token":null}',
+    '{"message":"Hello World!"}',
+    '{"type":"typing"}',
+    *("{}", "[]", "null", "auth", "", "[" * 60000),
 ]
 
 
-@pytest.mark.parametrize(("frame", "expected"), REFUSED)
-async def test_a_refused_frame_is_an_error_and_the_socket_lives_on(
-    server: Server, frame: str, expected: dict[str, Any]
-) -> None:
-    """Whatever is wrong with a frame, its sender hears why, nobody else anything."""
-    alice, bob = await server.users("alice", "bob")
+async def test_any_other_first_frame_is_no_login(chat: Server) -> None:
+    """A bad token, or anything else before a good one, closes 4401 with the reason."""
+    alice = await chat.user("alice")
+    for frame in BAD_FIRST_FRAMES:
+        socket = await Socket(alice, Room(alice, "1")).connect(header=False)
+        await socket.ws.send_str(frame)
+        assert await socket.is_closed() == 4401, frame[:80]
+        assert socket.reason
+        assert socket.frames == []
+    socket = await Socket(alice, Room(alice, "1")).connect(header=False)
+    await socket.ws.send_bytes(json.dumps({"type": "auth", "token": alice.token}).encode())
+    assert await socket.is_closed() in {1003, 4401}
+
+
+async def test_who_does_not_log_in_is_let_go(chat: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket without a log-in is closed with 4401 after some seconds, whatever it pings."""
+    assert chatserver.LOGIN_WAIT == 10
+    monkeypatch.setattr(chatserver, "LOGIN_WAIT", 0.5)
+    alice = await chat.user("alice")
+    socket = await Socket(alice, Room(alice, "1")).connect(header=False)
+    await socket.ws.ping()
+    assert await socket.is_closed() == 4401
+    assert socket.frames == []
+
+
+BAD_CURSORS = ["-1", "x", "1.5", "%20", "1e3", "%D9%A3", "9" * 5000, str(2**53 + 1), "%00"]
+
+
+async def test_a_refusal_comes_before_the_upgrade_or_as_a_close_code(chat: Server) -> None:
+    """By header a refusal is an HTTP error; by first frame it is a close code with a reason."""
+    alice, bob = await chat.users("alice", "bob")
+    private, public = await alice.room(kind="private"), await alice.room()
+    await public.admit(bob, role="banned")
+    cases: list[tuple[int, Room, Any]] = [
+        *((404, Room(bob, room_id), "0") for room_id in ("no-such-room", "direct-0123")),
+        *((403, room, "0") for room in (private, public)),
+        *((400, Room(bob, "1"), cursor) for cursor in BAD_CURSORS),
+    ]
+    for status, room, after in cases:
+        path = f"/websockets/chat/{room.room_id}?after={after}"
+        (await bob.ask("GET", path, headers=UPGRADE)).refused(status)
+        socket = await Socket(bob, room, after=after).connect(header=False)
+        await socket.send(type="auth", token=bob.token)
+        assert await socket.is_closed() == 4000 + status, (room, after)
+        assert socket.reason
+        assert socket.frames == []
+    assert len(await private.log()) == 1
+
+
+@pytest.mark.parametrize("token", ["nonsense", "", "expired"])
+async def test_a_bad_header_is_refused_before_the_upgrade(chat: Server, token: str) -> None:
+    """An Authorization header that does not log in is 401, not taken for none."""
+    alice = await chat.user("alice")
+    value = short_lived(alice, -1) if token == "expired" else token
+    headers = UPGRADE | {"Authorization": f"Bearer {value}"}
+    (await chat.ask("GET", "/websockets/chat/1", headers=headers)).refused(401, "unauthorized")
+
+
+async def test_a_plain_get_is_no_websocket(chat: Server) -> None:
+    """Without an upgrade the path answers an error, not a crash."""
+    alice = await chat.user("alice")
+    answer = await alice.get("/websockets/chat/1")
+    answer.refused(answer.status)
+    assert 400 <= answer.status < 500
+
+
+async def test_coming_in_joins_a_public_room_once(chat: Server, there: Server) -> None:
+    """The first connection makes a member, and the hello counts the join already."""
+    alice, bob = await chat.users("alice", "bob")
     room = await alice.room()
-    await alice.say(room, "not yours")
-    async with alice.chat(room) as hers, bob.chat(room) as his:
-        await his.send_text(frame)
-        error = await his.refusal()
-        assert error.items() >= expected.items(), error
-        await his.deliver("still here")
-        await hers.event("message")
-        assert hers.numbers[-2:] == [3, 4]
-        assert "error" not in {each["type"] for each in hers.frames}
-        assert [each["type"] for each in his.frames].count("error") == 1
+    ear = await alice.enter(room)
+    first = await bob.at(there).enter(room, after=0)
+    assert (first.hello["role"], first.hello["seq"]) == ("member", 2)
+    second = await bob.enter(room)
+    await first.say("hi")
+    assert second.hello["seq"] == 2
+    await ear.hears("hi")
+    assert ear.story == ["2 bob makes bob member", "3 bob: hi"]
+    assert first.story == ["1 alice makes alice owner", *ear.story]
 
 
-@pytest.mark.parametrize("text", [json.dumps(text) for text in BAD_TEXTS])
-async def test_a_bad_text_is_an_error(server: Server, text: str) -> None:
-    """A text that HTTP refuses is refused on a socket too, with the client id."""
-    alice = await server.user("alice")
+async def test_many_come_in_at_once_as_one_member_each(chat: Server, there: Server) -> None:
+    """Sockets of two users opened at the same time make two members, and all are live."""
+    alice, bob, carol = await chat.users("alice", "bob", "carol")
     room = await alice.room()
-    async with alice.chat(room) as ws:
-        await ws.send_text('{"type":"message","client_id":"c1","message":' + text + "}")
-        assert (await ws.refusal("bad_request"))["client_id"] == "c1"
-        await ws.deliver("good")
-    assert await alice.head(room) == 2
+    users = [user.at(server) for user in (bob, carol) for server in (chat, there) for _ in range(3)]
+    sockets = await asyncio.gather(*(user.enter(room, after=0) for user in users))
+    await alice.post_in(room, "welcome")
+    for socket in sockets:
+        await socket.hears("welcome")
+    assert len(await room.log()) == 4
 
 
-@pytest.mark.parametrize("client_id", BAD_CLIENT_IDS)
-async def test_a_bad_client_id_is_an_error(server: Server, client_id: object) -> None:
-    """A bad client id is refused, and its message not stored."""
-    alice = await server.user("alice")
-    room = await alice.room()
-    async with alice.chat(room) as ws:
-        await ws.send({"message": "x", "client_id": client_id})
-        await ws.refusal("bad_request")
-        await ws.deliver("good")
-    assert await alice.head(room) == 2
+# --- Being heard
 
 
-async def test_unknown_keys_are_ignored(server: Server) -> None:
-    """What a frame has beside the keys that are known does no harm."""
-    alice = await server.user("alice")
-    room = await alice.room()
-    async with alice.chat(room) as ws:
-        event = await ws.deliver("x", seq=7, username="mallory", role="owner", more=[{"a": 1}])
-        assert (event["seq"], event["username"]) == (2, alice.username)
-        assert "more" not in event
+async def test_the_shortest_frame_is_a_message(chat: Server, there: Server) -> None:
+    """`{"message": "Hello World!"}`: its sender, the others and the history see one event."""
+    alice, bob = await chat.talk("alice", "bob")
+    carol = await (await there.user("carol")).enter(alice.room)
+    await alice.send(message="Hello World!", ignored=[1])
+    event = await alice.hears("Hello World!")
+    assert await bob.hears("Hello World!") == event
+    assert await carol.hears("Hello World!") == event
+    assert (await bob.user.get(f"{bob.room.path}/messages")).ok() == [event]
+    assert event.keys() == {"type", "room_id", "seq", "username", "created_at", "message"}
+
+
+async def test_a_post_over_http_is_heard_on_sockets(chat: Server, there: Server) -> None:
+    """A socket hears what is posted over HTTP anywhere, its sender's own too."""
+    alice, bob = await chat.talk("alice", "bob")
+    event = await alice.user.at(there).post_in(alice.room, "posted", client_id="c1")
+    assert await alice.hears("posted") == event
+    assert await bob.hears("posted") == event
+
+
+async def test_a_retry_is_acknowledged_to_its_sender_alone(chat: Server) -> None:
+    """Sending again gives the first number in an ack; no number comes twice on a stream."""
+    alice, bob = await chat.talk("alice", "bob")
+    seq = (await alice.say("once", client_id="c1"))["seq"]
+    await alice.send(message="once", client_id="c1")
+    assert await alice.hears(type="ack") == {"type": "ack", "client_id": "c1", "seq": seq}
+    await alice.say("next")
+    await bob.hears("next")
+    assert not bob.heard(type="ack")
+
+
+async def test_frames_of_one_client_id_that_come_together_are_told_apart(chat: Server) -> None:
+    """Of three in one write the first is the event; a twin gets an ack, another text an error."""
+    alice, bob = await chat.talk("alice", "bob")
+    for text in ("once", "once", "other"):
+        await alice.send(message=text, client_id="c1")
+    ack = await alice.hears(type="ack")
+    error = await alice.is_refused("conflict")
+    assert error["client_id"] == "c1"
+    assert ack["seq"] == alice.heard(message="once")[0]["seq"]
+    await alice.say("end")
+    await bob.hears("end")
+    assert [event.get("message") for event in bob.events] == ["once", "end"]
+
+
+async def test_edits_and_deletes_are_events_for_all(chat: Server, there: Server) -> None:
+    """An edit and a delete over the socket arrive everywhere under numbers of their own."""
+    alice, bob = await chat.talk("alice", "bob")
+    carol = await (await there.user("carol")).enter(alice.room)
+    seq = (await alice.say("frist"))["seq"]
+    await alice.send(type="edit", target=seq, message="first", client_id="e1")
+    await alice.send(type="delete", target=seq)
+    for socket in (alice, bob, carol):
+        await socket.hears(type="delete", target=seq)
+        assert socket.heard(type="edit")[0]["message"] == "first"
+    (stone,) = (await bob.user.get(f"{bob.room.path}/messages")).ok()
+    assert stone["deleted"]
+
+
+async def test_a_role_counts_on_the_socket_from_the_moment_it_is_given(chat: Server) -> None:
+    """What a role allows over HTTP it allows on an open socket, and no longer than it lasts."""
+    alice, bob = await chat.talk("alice", "bob")
+    seq = (await alice.say("rude"))["seq"]
+    assert (await bob.ask("forbidden", type="delete", target=seq))["target"] == seq
+    await alice.room.admit(bob.user, role="moderator")
+    await bob.send(type="delete", target=seq)
+    await alice.hears(type="delete", target=seq)
+    again = (await alice.say("rude again"))["seq"]
+    await alice.room.admit(bob.user, role="member")
+    await bob.ask("forbidden", type="delete", target=again)
+    await bob.ask("forbidden", type="edit", target=again, message="mine")
+
+
+# --- Being refused
+
+BAD_FRAMES: list[tuple[str, str]] = [
+    *(("bad_request", text) for text in ("", "x", "{", "[]", "null", "5", '"x"', "[" * 60000)),
+    *(("bad_request", f'{{"type":{kind}}}') for kind in ('"shout"', '""', "5", "[]", "{}", "true")),
+    ("bad_request", "{}"),
+    ("bad_request", '{"type":"message"}'),
+    ("bad_request", '{"message":NaN}'),
+    ("bad_request", '{"type":"edit","message":"x"}'),
+    ("bad_request", '{"type":"edit","target":2}'),
+    *(
+        ("bad_request", f'{{"type":"delete","target":{target}}}')
+        for target in ("-1", "1.5", '"x"', "true", "null", "[]", "NaN", "9" * 4000, str(2**53 + 1))
+    ),
+    ("not_found", '{"type":"delete","target":99}'),
+    ("not_found", '{"type":"edit","target":1,"message":"x"}'),
+    *(("bad_request", f'{{"type":"read","seq":{seq}}}') for seq in ("-1", "1.5", "NaN", "[]")),
+    ("bad_request", '{"type":"read"}'),
+    *(("unauthorized", f'{{"type":"auth","token":{token}}}') for token in ('"x"', "5", "null")),
+    ("unauthorized", '{"type":"auth"}'),
+    ("bad_request", '{"type":"hello"}'),
+]
+
+
+async def test_a_refused_frame_is_an_error_and_the_socket_lives_on(chat: Server) -> None:
+    """Whatever a text frame holds, the answer is an error, and what follows is done."""
+    alice, bob = await chat.talk("alice", "bob")
+    for code, frame in BAD_FRAMES:
+        await alice.ws.send_str(frame)
+        await alice.is_refused(code)
+    await alice.say("still here")
+    assert bob.events == []
+    await bob.hears("still here")
+
+
+async def test_an_error_names_the_frame_it_answers(chat: Server) -> None:
+    """An error carries the client_id and target of its frame, but only if they are good ones."""
+    (alice,) = await chat.talk("alice")
+    error = await alice.ask("not_found", type="edit", target=9, message="x", client_id="e1")
+    assert (error["client_id"], error["target"]) == ("e1", 9)
+    bad: Any
+    for bad in ("\ud800", "a\0", "x" * 65, 5, [], {"a": 1}):
+        error = await alice.ask("bad_request", message="", client_id=bad, target=bad)
+        assert "client_id" not in error
+        error = await alice.ask("not_found", type="delete", target=9, client_id=bad)
+        assert "client_id" not in error
+    for bad in (-1, 1.5, "\ud800", "x", True, [], 10**30):
+        assert "target" not in await alice.ask("bad_request", message=" ", target=bad)
+    await alice.say("still here")
 
 
 @pytest.mark.parametrize(
-    ("code", "opcode", "data"),
+    ("opcode", "payload", "first", "code"),
     [
-        (1003, aiohttp.WSMsgType.BINARY, b'{"message":"x"}'),
-        (1003, aiohttp.WSMsgType.BINARY, b""),
-        (1007, aiohttp.WSMsgType.TEXT, b'{"message":"\xff\xfe"}'),
-        (1007, aiohttp.WSMsgType.TEXT, '{"message":"x"}'.encode("utf-16")),
-        (1007, aiohttp.WSMsgType.TEXT, b'{"message":"\xed\xa0\x80"}'),
-        (1009, aiohttp.WSMsgType.TEXT, b'{"message":"' + b"x" * 70000 + b'"}'),
-        (1009, aiohttp.WSMsgType.TEXT, b"[" * 10**6),
+        (WSMsgType.BINARY, b"{}", 0x80, 1003),
+        (WSMsgType.TEXT, b"\xff\xfe", 0x80, 1007),
+        (WSMsgType.TEXT, b"\xed\xa0\x80", 0x80, 1007),
+        (3, b"", 0x80, 1002),
+        (WSMsgType.TEXT, b"{}", 0xC0, 1002),
+        (WSMsgType.PING, b"x", 0x00, 1002),
+        (WSMsgType.CONTINUATION, b"x", 0x80, 1002),
     ],
 )
-async def test_what_is_no_text_frame_closes_only_its_own_socket(
-    server: Server, code: int, opcode: aiohttp.WSMsgType, data: bytes
+async def test_what_is_no_text_frame_ends_its_own_socket_alone(
+    chat: Server, opcode: int, payload: bytes, first: int, code: int
 ) -> None:
-    """Binary, broken or oversize frames end the socket with RFC 6455's code, and no other's."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room(bob)
-    async with alice.chat(room) as hers, bob.chat(room) as his:
-        await his.send_raw(opcode, data)
-        assert await his.closed() == code
-        await hers.deliver("still here")
-    assert await alice.head(room) == 3
+    """Binary, broken and forbidden frames close with the codes of RFC 6455, for nobody else."""
+    alice, bob = await chat.talk("alice", "bob")
+    async with Wire(chat) as wire:
+        await wire.upgrade(alice.user, alice.room)
+        wire.frame(payload, opcode, first)
+        assert await wire.close_code() == code
+    await alice.say("not disturbed")
+    await bob.hears("not disturbed")
 
 
-async def test_edits_and_deletes_are_events_for_all(server: Server) -> None:
-    """An edit and a delete over the socket arrive everywhere under numbers of their own."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room(bob)
-    async with alice.chat(room) as hers, bob.chat(room) as his:
-        seq = (await hers.deliver("teh word"))["seq"]
-        frame = {"type": "edit", "target": seq, "message": "the word", "client_id": "e1"}
-        await hers.send(frame)
-        edit = await his.event("edit")
-        assert (edit["seq"], edit["target"], edit["message"]) == (seq + 1, seq, "the word")
-        assert (edit["room_id"], edit["username"]) == (room, alice.username)
-        await hers.send({"type": "delete", "target": seq})
-        delete = await his.event("delete")
-        assert (delete["seq"], delete["target"], "message" in delete) == (seq + 2, seq, False)
-        await hers.upto(seq + 2)
-        assert hers.events == his.events
-        await hers.send({"type": "edit", "target": seq, "message": "again"})
-        assert (await hers.refusal("not_found"))["target"] == seq
-
-
-async def test_a_moderator_deletes_over_the_socket(server: Server) -> None:
-    """What a role allows over HTTP it allows on the socket, from the moment it is given."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room(bob)
-    async with alice.chat(room) as hers, bob.chat(room) as his:
-        seq = (await hers.deliver("rude"))["seq"]
-        await his.send({"type": "delete", "target": seq})
-        await his.refusal("forbidden")
-        await alice.appoint(room, bob, "moderator")
-        await his.event("member")
-        await his.send({"type": "delete", "target": seq})
-        assert (await hers.event("delete"))["username"] == bob.username
-        await his.send({"type": "edit", "target": seq, "message": "polite"})
-        await his.refusal()
-
-
-async def test_typing_is_told_to_the_others_and_not_stored(server: Server) -> None:
-    """Typing reaches the others, once in 2 s however often it is sent, and has no number."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room(bob)
-    async with alice.chat(room) as hers, bob.chat(room) as his:
-        for _ in range(5):
-            await hers.send({"type": "typing"})
-        typing = await his.event("typing")
-        assert typing.items() >= {"room_id": room, "username": alice.username}.items()
-        assert "seq" not in typing
-        await hers.deliver("typed")
-        await his.event("message")
-        kinds = [frame["type"] for frame in his.frames]
-        assert kinds.count("typing") == 1
-        assert "typing" not in {frame["type"] for frame in hers.frames}
-    assert await alice.head(room) == 3
-
-
-async def test_read_marks_are_told_to_the_others(server: Server) -> None:
-    """A read mark over the socket moves the mark and shows to the others, not to oneself."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room(bob)
-    async with alice.chat(room) as hers, bob.chat(room) as his:
-        seq = (await hers.deliver("read this"))["seq"]
-        await his.upto(seq)
-        await his.send({"type": "read", "seq": seq})
-        read = await hers.event("read")
-        assert (read["username"], read["seq"], read["room_id"]) == (bob.username, seq, room)
-        await his.deliver("read it")
-        assert "read" not in {frame["type"] for frame in his.frames}
-    (found,) = [each for each in (await bob.get("/rooms")).ok() if each["room_id"] == room]
-    assert (found["read_seq"], found["unread"]) == (seq, 0)
-
-
-async def test_presence_tells_who_comes_and_goes(server: Server) -> None:
-    """The others hear of one's first socket and of the end of one's last, and see it in lists."""
-    alice, bob = await server.users("alice", "bob", fresh=True)
-    room = await alice.room(bob)
-
-    async def online() -> tuple[bool, bool]:
-        """Return whether bob is online as a user and as a member."""
-        user = (await alice.get(f"/users/{bob.username}")).ok()
-        members = (await alice.get(f"/rooms/{room}")).ok()["members"]
-        (member,) = [each for each in members if each["username"] == bob.username]
-        return user["online"], member["online"]
-
-    async with alice.chat(room) as hers:
-        assert await online() == (False, False)
-        async with bob.chat(room) as first:
-            came = await hers.event("presence", username=bob.username)
-            assert (came["online"], came["room_id"], "seq" in came) == (True, room, False)
-            assert await online() == (True, True)
-            async with bob.chat(room) as second:
-                await second.deliver("here too")
-            await first.deliver("still here")
-            await hers.event("message", message="still here")
-            assert await online() == (True, True)
-        went = await hers.event("presence", username=bob.username)
-        assert went["online"] is False
-        assert await online() == (False, False)
-        told = [
-            f["online"] for f in hers.frames if f.get("username") == bob.username and "online" in f
-        ]
-        assert told == [True, False]
-        assert not any(
-            frame["type"] == "presence" and frame["username"] == alice.username
-            for frame in hers.frames
-        )
-
-
-async def test_a_renewed_login_keeps_the_socket(server: Server) -> None:
-    """A new token of the same user on an open socket is taken without a word or with a nod."""
-    alice = await server.user("alice")
+async def test_frames_after_the_close_frame_are_not_obeyed(chat: Server) -> None:
+    """What a peer has sent behind a binary frame, or behind its own close frame, is not done."""
+    alice = await chat.user("alice")
     room = await alice.room()
-    async with alice.chat(room) as ws:
-        await ws.send(auth(forge(claims(alice.token))))
-        await ws.deliver("still here")
-        assert not any(frame["type"] == "error" for frame in ws.frames)
-        assert [frame["type"] for frame in ws.frames].count("hello") == 1
+    for opcode in (WSMsgType.BINARY, WSMsgType.CLOSE):
+        async with Wire(chat) as wire:
+            await wire.upgrade(alice, room)
+            wire.frame(b"\x03\xe8" if opcode == WSMsgType.CLOSE else b"", opcode)
+            for number in range(20):
+                wire.frame(f'{{"message":"late {number}"}}'.encode())
+            await wire.close_code()
+    await until(lambda: not chat.hub.sockets, "the end of both")
+    await alice.post_in(room, "the end")
+    assert await room.texts() == ["the end"]
 
 
-async def test_a_bad_renewal_leaves_the_old_login_standing(server: Server) -> None:
-    """Another user's token, or none at all, is an error; one stays who one was."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room(bob)
-    async with alice.chat(room) as ws:
-        for token in (bob.token, "nonsense", forge(claims(alice.token), key="x" * 32)):
-            await ws.send(auth(token))
-            await ws.refusal()
-        assert (await ws.deliver("still me"))["username"] == alice.username
+async def test_a_message_in_fragments_is_one_message(chat: Server) -> None:
+    """A text may come in many frames, with pings between them, which are answered."""
+    alice, bob = await chat.talk("alice", "bob")
+    async with Wire(chat) as wire:
+        await wire.upgrade(alice.user, alice.room)
+        wire.frame(b'{"message":', WSMsgType.TEXT, 0x00)
+        wire.frame(b"are you there?", WSMsgType.PING)
+        wire.frame(b'"in ', WSMsgType.CONTINUATION, 0x00)
+        wire.frame(b'parts"}', WSMsgType.CONTINUATION)
+        await bob.hears("in parts")
+        pongs = []
+        async for opcode, payload in wire.frames():
+            if opcode == WSMsgType.PONG:
+                pongs.append(payload)
+            if b"in parts" in payload:
+                break
+        assert pongs == [b"are you there?"]
 
 
-async def test_a_deleted_room_closes_its_sockets_4404(server: Server) -> None:
+# --- Whispers
+
+
+async def test_typing_is_told_to_the_others_and_not_stored(chat: Server, there: Server) -> None:
+    """Typing reaches the others in every process, has no number, and is never stored."""
+    alice, bob = await chat.talk("alice", "bob")
+    carol = await (await there.user("carol")).enter(alice.room)
+    second = await alice.user.enter(alice.room)
+    await alice.send(type="typing")
+    typing = {"type": "typing", "room_id": alice.room.room_id, "username": alice.name}
+    for socket in (bob, carol):
+        assert await socket.hears(type="typing") == typing
+    await alice.say("done")
+    await second.hears("done")
+    assert not alice.heard(type="typing")
+    assert not second.heard(type="typing")
+    assert len(await alice.room.log()) == 4
+
+
+async def test_a_read_mark_is_told_to_the_others_when_it_moves(chat: Server, there: Server) -> None:
+    """A mark that moves, over socket or REST, shows to the others; one that does not, to nobody."""
+    alice, bob = await chat.talk("alice", "bob")
+    other = await bob.user.at(there).enter(bob.room)
+    carol = await (await there.user("carol")).enter(alice.room)
+    seq = (await alice.say("read this"))["seq"]
+    await bob.hears("read this")
+    await bob.send(type="read", seq=seq - 1)
+    mark = {"type": "read", "room_id": bob.room.room_id, "username": bob.name}
+    for socket in (alice, carol):
+        assert await socket.hears(type="read") == mark | {"seq": seq - 1}
+    for again in (seq - 1, 1, seq):
+        (await bob.user.put(f"{bob.room.path}/read", {"seq": again})).ok(204)
+    for socket in (alice, carol):
+        assert await socket.hears(type="read") == mark | {"seq": seq}
+    await bob.say("read")
+    await other.hears("read")
+    assert not bob.heard(type="read")
+    assert not other.heard(type="read")
+    shown = (await bob.user.get(bob.room.path)).ok()
+    assert shown["read_seq"] == seq + 1
+
+
+async def test_presence_tells_of_the_first_socket_and_the_last(chat: Server, there: Server) -> None:
+    """The others hear of one's first socket in any process and of the end of one's last."""
+    (alice,) = await chat.talk("alice")
+    bob = await chat.user("bob")
+    phone = await bob.at(there).enter(alice.room)
+    shown = {"type": "presence", "room_id": alice.room.room_id, "username": bob.name}
+    assert await alice.hears(type="presence") == shown | {"online": True}
+    desk = await bob.enter(alice.room)
+    assert sorted(desk.hello["online"]) == sorted([alice.name, bob.name])
+    await phone.leave()
+    await until(
+        lambda: len(there.hub.users.get(bob.name, ())) == (there is chat), "the phone's end"
+    )
+    await alice.say("still one")
+    await desk.hears("still one")
+    assert len(alice.heard(type="presence")) == 1
+    desk.drop()
+    assert await alice.hears(type="presence", online=False) == shown | {"online": False}
+    again = await bob.at(there).enter(alice.room)
+    await alice.hears(type="presence", online=True)
+    assert not again.heard(type="presence", username=bob.name)
+
+
+async def test_in_a_crowd_nothing_is_whispered(
+    chat: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a room with more people online than a hundred, events alone are told."""
+    assert chatserver.QUIET_ABOVE == 100
+    monkeypatch.setattr(chatserver, "QUIET_ABOVE", 3)
+    alice, bob, carol = await chat.talk("alice", "bob", "carol")
+    await carol.send(type="typing")
+    await alice.hears(type="typing")
+    dave = await (await chat.user("dave")).enter(alice.room)
+    await carol.send(type="typing")
+    await carol.send(type="read", seq=3)
+    await carol.say("loud")
+    for socket in (alice, bob, dave):
+        await socket.hears("loud")
+    assert len(alice.heard(type="typing")) == 1
+    assert not alice.heard(type="presence", username=dave.name)
+    assert not dave.heard(type="typing") + dave.heard(type="read")
+    await dave.leave()
+    await until(lambda: len(chat.hub.rooms[alice.room.room_id].sockets) == 3, "three to be left")
+    await carol.send(type="typing")
+    await alice.hears(type="typing")
+
+
+# --- Renewing a log-in
+
+
+async def test_a_renewed_login_keeps_the_socket(chat: Server) -> None:
+    """A new token of the same user on an open socket counts from then on."""
+    alice = await chat.user("alice")
+    room = await alice.room()
+    ends = time.time() + 1
+    alice.token = short_lived(alice, 1)
+    socket = await alice.enter(room)
+    fresh = (await alice.post("/auth/renew")).ok()["access_token"]
+    await socket.send(type="auth", token=fresh)
+    await until(lambda: time.time() > ends + 1.5, "the end of the first token, and a sweep")
+    await socket.say("still here")
+
+
+async def test_a_bad_renewal_leaves_the_old_login_standing(chat: Server) -> None:
+    """Another user's token, an old one, or none at all, is an error; one stays who one was."""
+    alice, bob = await chat.talk("alice", "bob")
+    await alice.ask(type="auth", token=bob.user.token)
+    for token in ("nonsense", short_lived(alice.user, -5), None):
+        await alice.ask("unauthorized", type="auth", token=token)
+    assert (await alice.say("me"))["username"] == alice.name
+
+
+# --- The end
+
+
+async def test_a_deleted_room_closes_its_own_sockets(chat: Server, there: Server) -> None:
     """Whoever is in a room that is deleted is closed with 4404; other rooms are not."""
-    alice, bob = await server.users("alice", "bob")
-    room, other = await alice.room(bob), await alice.room(bob)
-    async with alice.chat(room) as hers, bob.chat(room) as his, bob.chat(other) as elsewhere:
-        (await alice.delete(f"/rooms/{room}")).ok(204)
-        assert await hers.closed() == 4404
-        assert await his.closed() == 4404
-        await elsewhere.deliver("still here")
+    alice, bob = await chat.talk("alice", "bob")
+    carol = await (await there.user("carol")).enter(alice.room)
+    elsewhere = await bob.user.enter(await alice.user.room())
+    (await alice.user.delete(alice.room.path)).ok(204)
+    for socket in (alice, bob, carol):
+        assert await socket.is_closed() == 4404
+        assert socket.reason
+    await elsewhere.say("still here")
 
 
-async def test_a_lost_connection_is_forgotten(server: Server) -> None:
+async def test_a_lost_connection_is_forgotten(chat: Server) -> None:
     """A client that vanishes without a word disturbs nobody, and is offline soon after."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room(bob)
-    async with alice.chat(room) as hers, bob.chat(room) as his:
-        await hers.event("presence", username=bob.username, online=True)
-        his.drop()
-        await hers.event("presence", username=bob.username, online=False)
-        await hers.deliver("still here")
+    alice, bob = await chat.talk("alice", "bob")
+    bob.drop()
+    await alice.hears(type="presence", username=bob.name, online=False)
+    await alice.say("alone")
+    assert len(chat.hub.rooms[alice.room.room_id].sockets) == 1
 
 
-async def test_leaving_a_room_closes_ones_sockets_there(server: Server) -> None:
+async def test_leaving_a_room_closes_ones_sockets_there(chat: Server, there: Server) -> None:
     """Who leaves a room hears their own leaving at most, and is closed with 4403."""
-    alice, bob = await server.users("alice", "bob")
-    room = await alice.room(bob)
-    async with bob.chat(room) as his:
-        (await bob.delete(f"/rooms/{room}/members/{bob.username}")).ok(204)
-        await alice.say(room, unique("later"))
-        assert await his.closed() == 4403
-        assert his.numbers in ([], [3])
+    alice, bob = await chat.talk("alice", "bob")
+    other = await bob.user.at(there).enter(bob.room)
+    (await bob.user.delete(f"{bob.room.path}/members/{bob.name}")).ok(204)
+    await alice.say("later")
+    for socket in (bob, other):
+        assert await socket.is_closed() == 4403
+        assert not socket.heard(message="later")
+
+
+async def test_a_silent_peer_is_pinged_and_then_dropped(
+    chat: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who answers no ping within the silence that is allowed is dropped; who does, stays."""
+    assert (chatserver.PING, chatserver.SILENCE) == (25, 40)
+    monkeypatch.setattr(chatserver, "PING", 0.5)
+    monkeypatch.setattr(chatserver, "SILENCE", 2.5)
+    alice, bob = await chat.talk("alice", "bob")
+    async with Wire(chat) as wire:
+        await wire.upgrade(bob.user, bob.room)
+        reading = asyncio.create_task(bob.is_closed())  # its library answers pings while it reads
+        pings = [opcode async for opcode, _ in wire.frames() if opcode == WSMsgType.PING]
+        assert len(pings) >= 2
+    await alice.hears(type="presence", online=True)
+    assert not reading.done()
+    reading.cancel()
