@@ -355,6 +355,8 @@ async def refuse_too_much(api: Api) -> None:
         if "429" in operation["responses"] and path.startswith("/rooms"):
             while "error" not in await api.ask("alice", "POST /rooms/1/messages", HELLO):
                 pass  # until all that is allowed at once is used up
+            for _ in range(200 if path.endswith("/read") else 0):  # which has a rate of its own
+                await api.ask("alice", f"{method} {fill(path)}", ANY_BODY)
             await api.ask("alice", f"{method} {fill(path)}", ANY_BODY, 429)
 
 
