@@ -122,10 +122,14 @@ def folders() -> Iterator[Callable[[], Path]]:
 
 
 @pytest.fixture(scope="session")
-def cheap_passwords() -> Iterator[None]:
-    """Make a hash cost next to nothing; what it costs in earnest is tested by itself."""
+def constants() -> Iterator[None]:
+    """Make a hash cost next to nothing, and let no look into the database make up for a lost note.
+
+    What a hash costs in earnest, and what such a look is for, is tested by itself.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chatserver, "SCRYPT", "scrypt$2$8$1")
+        patch.setattr(chatserver, "POLL", 600)
         yield
 
 
@@ -137,13 +141,13 @@ def config(database: str, **settings: Any) -> chatserver.Config:
 
 @pytest.fixture(scope="session")
 async def servers(
-    cheap_passwords: None,
+    constants: None,
     engine: str,
     new_database: Databases,
     folders: Callable[[], Path],
 ) -> AsyncIterator[list[Server]]:
     """Run the servers that most tests share: two on Postgres, one on SQLite."""
-    del cheap_passwords
+    del constants
     url = new_database(folders())
     count = 1 if engine == "sqlite" else 2
     clients = [Client(TestServer(chatserver.create_app(config(url)))) for _ in range(count)]
@@ -179,14 +183,14 @@ class Start(Protocol):
 
 @pytest.fixture
 async def start(
-    cheap_passwords: None,
+    constants: None,
     new_database: Databases,
     folders: Callable[[], Path],
     aiohttp_client: Callable[[web.Application], Awaitable[Client]],
     caplog: pytest.LogCaptureFixture,
 ) -> AsyncIterator[Start]:
     """Give a function that starts servers; those that still run after the test stop in order."""
-    del cheap_passwords
+    del constants
     started: list[Server] = []
 
     async def start(beside: Server | None = None, **settings: Any) -> Server:

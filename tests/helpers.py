@@ -61,10 +61,10 @@ class Server:
         """Return several new users."""
         return [await self.user(word) for word in words]
 
-    async def talk(self, *words: str, kind: str = "public") -> "list[Socket]":
+    async def talk(self, *words: str, **options: str) -> "list[Socket]":
         """Return sockets of new users in a new room of the first of them."""
         users = await self.users(*words)
-        room = await users[0].room(*users[1:], kind=kind)
+        room = await users[0].room(*users[1:], **options)
         return [await user.enter(room) for user in users]
 
     async def rows(self, sql: str) -> list[tuple[Any, ...]]:
@@ -123,7 +123,8 @@ class Room(NamedTuple):
 
     async def texts(self) -> list[str]:
         """Return what was said in it."""
-        return [event["message"] for event in await self.log() if "message" in event]
+        log = await self.log()
+        return [e["message"] for e in log if e["type"] == "message" and "message" in e]
 
     async def admit(self, *users: "User", role: str = "member") -> None:
         """Give users a role in it."""

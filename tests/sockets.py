@@ -220,13 +220,12 @@ class Wire:
                 yield first & 15, await self.reader.readexactly(size)
 
     async def close_code(self) -> int:
-        """Read to the end; return the code of the close frame, 1006 if there was none."""
-        code = 1006
+        """Read to the end; return the code of the close frame, 1006 if there is none."""
         async with asyncio.timeout(PATIENCE):
             async for opcode, payload in self.frames():
                 if opcode == WSMsgType.CLOSE:
-                    code = int.from_bytes(payload[:2], "big")
-        return code
+                    return int.from_bytes(payload[:2], "big")
+        return 1006
 
     async def rest(self) -> bytes:
         """Return all that comes until the server closes."""
