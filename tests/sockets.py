@@ -206,7 +206,9 @@ class Wire:
     def frame(self, payload: bytes, opcode: int = WSMsgType.TEXT, first: int = 0x80) -> None:
         """Send one frame, masked with zeros."""
         size = len(payload)
-        length = bytes([0x80 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
+        length = b"\xff" + size.to_bytes(8, "big")
+        if size < 2**16:
+            length = bytes([0x80 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
         self.send(bytes([first | opcode]) + length + bytes(4) + payload)
 
     async def frames(self) -> AsyncIterator[tuple[int, bytes]]:
