@@ -3,11 +3,13 @@
 import asyncio
 import json
 import secrets
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple, Protocol, Self
 
 import aiohttp
+from yarl import URL
 
 from tests.processes import PATIENCE
 
@@ -166,11 +168,12 @@ class Chat:
         seen = [frame for frame in self.frames if wanted <= frame.items()]
         return seen[-1] if seen else await self.hear(kind, patience, **fields)
 
-    async def hear_of(self, client_id: str) -> Event:
+    async def hear_of(self, client_id: str, patience: float = PATIENCE) -> Event:
         """Read until a frame answers this client_id: its event, an ack or an error."""
-        while (frame := await self.next()).get("client_id") != client_id:
-            pass
-        return frame
+        async with asyncio.timeout(patience):
+            while (frame := await self.next(patience)).get("client_id") != client_id:
+                pass
+            return frame
 
     async def deliver(self, text: str) -> Event:
         """Send a message and wait until it is stored."""
@@ -191,3 +194,44 @@ class Chat:
     def numbers(self) -> list[int]:
         """Return the numbers seen so far."""
         return [frame["seq"] for frame in self.frames if "created_at" in frame]
+
+
+# --- Without a library
+
+
+def upgrade_request(user: User, room: str, *headers: str) -> bytes:
+    """Return a handshake; headers that are given take the place of the usual ones."""
+    lines = {
+        "host": f"Host: {URL(user.place.url).authority}",
+        "connection": "Connection: Upgrade",
+        "upgrade": "Upgrade: websocket",
+        "sec-websocket-version": "Sec-WebSocket-Version: 13",
+        "sec-websocket-key": "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+    }
+    if user.token:
+        lines["authorization"] = f"Authorization: Bearer {user.token}"
+    lines |= {header.partition(":")[0].lower(): header for header in headers}
+    start = f"GET /websockets/chat/{room} HTTP/1.1"
+    return "\r\n".join([start, *lines.values(), "", ""]).encode()
+
+
+def dial(user: User) -> socket.socket:
+    """Connect, with little room for what comes, to stall soon."""
+    url = URL(user.place.url)
+    peer = socket.socket()
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    peer.settimeout(10)
+    peer.connect((url.host, url.port))
+    return peer
+
+
+def handshake(user: User, room: str, *headers: str, wanted: bytes = b"101") -> socket.socket:
+    """Open a socket to a room, or be refused as wanted; what comes is still to be read."""
+    peer = dial(user)
+    peer.sendall(upgrade_request(user, room, *headers))
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += peer.recv(1)
+    assert head.startswith(b"HTTP/1.1 " + wanted), head
+    assert b"Sec-WebSocket-Extensions" not in head and b"Sec-WebSocket-Protocol" not in head
+    return peer

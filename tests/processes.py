@@ -174,7 +174,7 @@ async def serving(app: web.Application) -> AsyncIterator[str]:
 def is_clean(log: str) -> None:
     """Check that a log tells of no crash, no warning of Python's and nothing left behind."""
     for sign in TROUBLE:
-        assert sign not in log, log[:5000]
+        assert sign not in log, log[:2000]
 
 
 # --- Postgres, and a wire to it that can be cut
