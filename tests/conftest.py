@@ -195,7 +195,7 @@ async def start(
 
     async def start(beside: Server | None = None, **settings: Any) -> Server:
         """Start a server; a second one on a file of SQLite's is the first one."""
-        if beside and beside.runs and not beside.config.shared:
+        if beside and beside.runs and not beside.shared:
             return beside
         url = beside.config.database_url if beside else new_database(folders())
         app = chatserver.create_app(config(url, **settings))

@@ -1,10 +1,12 @@
 """What happens to databases: commits that take long, commits that fail, an outage."""
 
 import asyncio
+import secrets
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from urllib.parse import urlsplit, urlunsplit
 
 import aiosqlite
 import asyncpg
@@ -29,7 +31,7 @@ def writer(server: Server) -> aiosqlite.Connection:
 @asynccontextmanager
 async def held_commits(server: Server) -> AsyncIterator[Callable[[], Awaitable[None]]]:
     """Let commits end only after the block; yield a function that waits for one that hangs."""
-    if server.config.shared:
+    if server.shared:
         url = server.config.database_url
         work = AT_COMMIT.format("PERFORM pg_advisory_xact_lock(42);")
         await postgres.execute(url, work, ON_COMMIT)
@@ -67,7 +69,7 @@ async def held_commits(server: Server) -> AsyncIterator[Callable[[], Awaitable[N
 @asynccontextmanager
 async def full_disk(server: Server) -> AsyncIterator[None]:
     """Let no message be stored: SQLite finds its disk full, Postgres fails as it commits."""
-    if server.config.shared:
+    if server.shared:
         url = server.config.database_url
         await postgres.execute(url, AT_COMMIT.format("RAISE EXCEPTION 'full';"), ON_COMMIT)
         yield
@@ -82,7 +84,7 @@ async def full_disk(server: Server) -> AsyncIterator[None]:
 async def outage(server: Server) -> AsyncIterator[None]:
     """Let nobody reach the database; of SQLite's file it is writing that is impossible."""
     url = server.config.database_url
-    if server.config.shared:
+    if server.shared:
         async with postgres.outage(url):
             yield
         return
@@ -90,3 +92,24 @@ async def outage(server: Server) -> AsyncIterator[None]:
     other.execute("BEGIN IMMEDIATE")
     yield
     other.close()
+
+
+@asynccontextmanager
+async def lonely_account(
+    server: Server,
+) -> AsyncIterator[tuple[str, Callable[[str], Awaitable[None]]]]:
+    """Yield a URL with an account of its own in Postgres, and a function that opens or shuts it."""
+    url = server.config.database_url
+    name = f"chat_{secrets.token_hex(4)}"
+    await postgres.execute(url, f"CREATE ROLE {name} LOGIN SUPERUSER")
+
+    async def set_login(may: str) -> None:
+        """LOGIN lets the account in again; NOLOGIN shuts it out and cuts its connections."""
+        cut = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{name}'"  # noqa: S608
+        await postgres.execute(url, f"ALTER ROLE {name} {may}", cut)
+
+    parts = urlsplit(url)
+    place = parts.netloc.rpartition("@")[2]
+    yield urlunsplit(parts._replace(netloc=f"{name}@{place}")), set_login
+    await set_login("NOLOGIN")
+    await postgres.execute(url, f"DROP ROLE {name}")

@@ -25,6 +25,11 @@ class Server:
         self.sockets: list[Socket] = []
         self.runs = True
 
+    @property
+    def shared(self) -> bool:
+        """Return whether processes share the database, which is then Postgres."""
+        return self.config.database_url.startswith("postgres")
+
     def url(self, path: str) -> URL:
         """Return the address of a path, which is taken as it is written."""
         return URL(str(self.client.make_url("/"))[:-1] + path, encoded=True)
@@ -70,13 +75,23 @@ class Server:
     async def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """Return the rows of a statement, read past the server."""
         url = self.config.database_url
-        if self.config.shared:
+        if self.shared:
             return await postgres.read(url, sql)
         connection = sqlite3.connect(url.removeprefix("sqlite:///"))
         try:
             return connection.execute(sql).fetchall()
         finally:
             connection.close()
+
+    async def change(self, sql: str) -> None:
+        """Run a statement past the server, which tells nobody."""
+        url = self.config.database_url
+        if self.shared:
+            await postgres.execute(url, sql)
+            return
+        with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
+            connection.execute(sql)
+        connection.close()
 
     async def forget(self) -> None:
         """Close what the tests left open; the server then knows of no socket and no room."""

@@ -278,7 +278,7 @@ async def test_3_what_no_note_told_is_found_by_looking(
     """Should every note be lost, a process finds events, ends of rooms and of log-ins by itself."""
     monkeypatch.setattr(chatserver, "POLL", 0.1)
     chat = await start()
-    if not chat.config.shared:
+    if not chat.shared:
         return  # nobody else writes into the file
     alice, bob = await chat.talk("alice", "bob")
     other = await alice.user.enter(await alice.user.room())
@@ -292,9 +292,9 @@ async def test_3_what_no_note_told_is_found_by_looking(
     )
     for socket in (alice, bob):
         assert (await socket.hears("untold"))["seq"] == 4
-    await chat.rows(f"UPDATE users SET version = version + 1 WHERE username = '{bob.name}'")  # noqa: S608
+    await chat.change(f"UPDATE users SET version = version + 1 WHERE username = '{bob.name}'")  # noqa: S608
     assert await bob.is_closed() == 4401
-    await chat.rows(f"UPDATE rooms SET kind = 'deleted' WHERE room_id = '{room_id}'")  # noqa: S608
+    await chat.change(f"UPDATE rooms SET kind = 'deleted' WHERE room_id = '{room_id}'")  # noqa: S608
     assert await alice.is_closed() == 4404
     await other.say("still here")
 
@@ -578,7 +578,7 @@ async def test_8_a_deleted_text_is_nowhere(start: Start) -> None:
     assert not [word for word in words if word in "".join(shown)]
     await chat.forget()
     await chat.stop()
-    if chat.config.shared:
+    if chat.shared:
         tables = await there.rows("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
         rows = [await there.rows(f"SELECT t::text FROM {table} t") for (table,) in tables]  # noqa: S608
         stored = str(rows).encode()
