@@ -18,13 +18,12 @@ from typing import Any, Self
 
 import aiohttp
 
-from tests.people import LOST, Event, close_code, drop
+from tests.people import LOST, Event, User, close_code, drop
 from tests.processes import Process, until
 
 NUMBERED = ("message", "edit", "delete", "member", "room")
-MEET_AGAIN = {1000, 1001, 1006, 1013}  # codes after which clients come back
-
-WELCOME = {
+COME_AGAIN = {1000, 1001, 1006, 1013}  # codes after which clients come back
+EXPECTED = {
     "POST": {200, 201, 503},
     "PATCH": {200, 403, 404, 503},  # another's message, or one that was deleted
     "DELETE": {204, 403, 404, 503},
@@ -74,21 +73,16 @@ def judge(record: Record, log: Sequence[Event], head: int) -> list[str]:
 def judge_log(record: Record, log: Sequence[Event]) -> list[str]:
     """Hold the log against what was sent: ok is there once, unknown at most once, no gap."""
     found = []
-    numbers = [event["seq"] for event in log]
-    if numbers != list(range(1, len(log) + 1)):
-        odd = next(n for n, seq in enumerate([*numbers, None], 1) if seq != n)
-        found.append(f"gap: the log does not go on after {odd - 1}")
+    by_seq = {event["seq"]: event for event in log}
+    if [event["seq"] for event in log] != list(range(1, len(log) + 1)):
+        found.append(f"gap: of 1 to {len(log)} {sorted(set(range(1, len(log))) - set(by_seq))}")
     times = Counter(event["client_id"] for event in log if event.get("client_id"))
     found += [f"twice: {client_id} is there {n} times" for client_id, n in times.items() if n > 1]
-    by_seq = {event["seq"]: event for event in log}
     for client_id, seq in record.ok.items():
         event = by_seq.get(seq, {})
         if event.get("client_id") != client_id:
             found.append(f"lost: {client_id} was acknowledged as {seq}")
-        elif "edited_at" not in event and event.get("message") not in (
-            None,
-            record.sent[client_id],
-        ):
+        elif event.get("message") not in (None, "edited", record.sent[client_id]):
             found.append(f"garbled: {client_id} is now {event['message']!r}")
     return found
 
@@ -113,44 +107,36 @@ def judge_streams(record: Record, log: Sequence[Event], head: int) -> list[str]:
 class Trial:
     """Writers and readers in one room, on all the processes there are, for as long as a block."""
 
-    def __init__(  # noqa: PLR0913 - how much of each
+    patience = 30.0  # for everybody to come to the end
+
+    def __init__(
         self,
         processes: Sequence[Process],
-        tokens: Sequence[str],
+        users: Sequence[User],
         room: str,
-        *,
-        writers: int = 8,
-        readers: int = 6,
+        counts: tuple[int, int] = (8, 6),
         seed: int = 1,
-        pause: float = 0.005,
     ) -> None:
-        """Prepare clients; they go where the processes are at the moment."""
-        self.processes = processes
-        self.tokens = itertools.cycle(tokens)
-        self.room = room
-        self.count = (writers, readers)
-        self.seed = seed
-        self.pause = pause
+        """Prepare so many writers and readers; they go where the processes are at the moment."""
+        self.processes, self.room = processes, room
+        self.users = itertools.cycle(users)
+        self.chances = [random.Random(f"{seed} {n}") for n in range(sum(counts) + 1)]  # noqa: S311
+        self.counts = counts
         self.record = Record()
         self.done = asyncio.Event()
         self.end = ""  # the client_id of the last message, which readers wait for
         self.problems: list[str] = []
-        self.log: list[Event] = []
 
     async def __aenter__(self) -> Self:
-        """Let everybody loose."""
-        connector = aiohttp.TCPConnector(limit=0)
-        timeout = aiohttp.ClientTimeout(total=20, sock_connect=3)
-        self.session = aiohttp.ClientSession(connector=connector, timeout=timeout)
-        chances = [random.Random(f"{self.seed} {n}") for n in range(sum(self.count))]  # noqa: S311
-        writers, readers = chances[: self.count[0]], chances[self.count[0] :]
+        """Let everybody loose: writers by socket and by post, readers who stay and who drop."""
+        first, *chances = self.chances
+        works = [self.meddle(next(self.users), first)]
         ways = itertools.cycle([self.write_by_socket, self.write_by_socket, self.write_by_post])
-        self.writers = [asyncio.create_task(way(c)) for way, c in zip(ways, writers, strict=False)]
-        self.writers.append(asyncio.create_task(self.meddle(random.Random(self.seed))))  # noqa: S311
-        stays = itertools.cycle([True, False])
+        works += [next(ways)(next(self.users), chance) for chance in chances[: self.counts[0]]]
+        self.writers = [asyncio.create_task(work) for work in works]
         self.readers = [
-            asyncio.create_task(self.read(c, stay=stay))
-            for stay, c in zip(stays, readers, strict=False)
+            asyncio.create_task(self.read(next(self.users), chance, stay=number % 2 == 0))
+            for number, chance in enumerate(chances[self.counts[0] :])
         ]
         return self
 
@@ -158,29 +144,30 @@ class Trial:
         """Let writers finish and readers reach the head, then judge."""
         try:
             if kind is None:
-                await self.finish()
+                await self.finish(self.patience)
         finally:
             for task in (*self.writers, *self.readers):
                 task.cancel()
             await asyncio.gather(*self.writers, *self.readers, return_exceptions=True)
-            await self.session.close()
 
-    async def finish(self, patience: float = 30) -> None:
+    async def finish(self, patience: float) -> None:
         """Bring everything to its end and hold it against the log of every process."""
         self.done.set()
-        async with asyncio.timeout(patience):
-            await asyncio.gather(*self.writers)
-            self.end = self.next_id()
-            await self.post(next(self.tokens), self.end, insist=True)
-        await asyncio.wait(self.readers, timeout=patience)
-        for reader in self.readers:
-            if reader.done():
-                reader.result()
-        logs = [await self.read_log(process) for process in self.processes]
-        self.log = logs[0]
-        if any(log != self.log for log in logs):
+        _, stuck = await asyncio.wait(self.writers, timeout=patience)
+        self.end = self.next_id()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while not await self.post(next(self.users), self.end):
+                    await asyncio.sleep(0.1)
+                await asyncio.wait(self.readers)
+        self.record.complaints += [f"stuck: {task.get_coro()}" for task in stuck]
+        for task in (*self.writers, *self.readers):
+            if task.done():
+                task.result()
+        logs = [await next(self.users).at(process).log(self.room) for process in self.processes]
+        if any(log != logs[0] for log in logs):
             self.record.complaints.append("split: two processes tell different logs")
-        self.problems = judge(self.record, self.log, self.record.ok[self.end])
+        self.problems = judge(self.record, logs[0], self.record.ok.get(self.end, len(logs[0])))
 
     async def more(self, count: int, patience: float = 30) -> None:
         """Wait until so many more sends are ok."""
@@ -204,59 +191,53 @@ class Trial:
 
     # --- What clients do
 
-    async def ask(self, token: str, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    async def ask(self, user: User, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         """Send a request to any process; return the status and the JSON, 0 if it was lost."""
-        process = random.choice(self.processes)  # noqa: S311
-        headers = {"Authorization": f"Bearer {token}"}
+        url = f"{random.choice(self.processes).url}/rooms/{self.room}/messages{path}"  # noqa: S311
+        headers = {"Authorization": f"Bearer {user.token}"}
         try:
-            async with self.session.request(
-                method, f"{process.url}{path}", json=body, headers=headers
-            ) as answer:
+            async with user.session.request(method, url, json=body, headers=headers) as answer:
                 data = await answer.read()
         except LOST:
             return 0, None
-        if answer.status not in WELCOME[method]:
+        if answer.status not in EXPECTED[method]:
             self.record.complaints.append(
                 f"status: {method} {path}: {answer.status} {data[:200]!r}"
             )
         return answer.status, json.loads(data or b"null")
 
-    async def post(self, token: str, client_id: str, *, insist: bool = False) -> int | None:
-        """Post a message, until it is stored if that matters; return its number or None."""
+    async def post(self, user: User, client_id: str) -> int | None:
+        """Post a message; return its number or None."""
         body = {"message": self.record.sent[client_id], "client_id": client_id}
-        while True:
-            status, event = await self.ask(token, "POST", f"/rooms/{self.room}/messages", body)
-            if status in (200, 201):
-                self.record.acknowledge(client_id, event["seq"])
-                return int(event["seq"])
-            if not insist:
-                return None
-            await asyncio.sleep(0.1)
+        status, event = await self.ask(user, "POST", "", body)
+        if status not in (200, 201):
+            return None
+        self.record.acknowledge(client_id, event["seq"])
+        return int(event["seq"])
 
-    async def write_by_post(self, chance: random.Random) -> None:
-        """Post until it is over, each unknown message again, most of them."""
-        token, pending, mine = next(self.tokens), None, list[str]()
+    async def write_by_post(self, user: User, chance: random.Random) -> None:
+        """Post until it is over, most unknown messages again."""
+        pending, mine = None, list[str]()
         while not self.done.is_set():
             client_id = self.choose_id(chance, pending, mine)
-            pending = None if await self.post(token, client_id) else client_id
-            await asyncio.sleep(0.1 if pending else self.pause)
+            pending = None if await self.post(user, client_id) else client_id
+            await asyncio.sleep(0.1 if pending else 0.005)
 
-    async def meddle(self, chance: random.Random) -> None:
+    async def meddle(self, user: User, chance: random.Random) -> None:
         """Edit and delete what was stored."""
-        token = next(self.tokens)
         while not self.done.is_set():
             await asyncio.sleep(0.1)
             if self.record.ok:
-                path = f"/rooms/{self.room}/messages/{chance.choice(list(self.record.ok.values()))}"
+                path = f"/{chance.choice(list(self.record.ok.values()))}"
                 method, body = chance.choice([("PATCH", {"message": "edited"}), ("DELETE", None)])
-                await self.ask(token, method, path, body)
+                await self.ask(user, method, path, body)
 
-    async def write_by_socket(self, chance: random.Random) -> None:
+    async def write_by_socket(self, user: User, chance: random.Random) -> None:
         """Send until it is over, with a stream of its own on every connection."""
-        token, pending, mine = next(self.tokens), None, list[str]()
+        pending, mine = None, list[str]()
         while not self.done.is_set():
             with suppress(*LOST):
-                async with self.connect(token) as ws:
+                async with self.connect(user) as ws:
                     stream = Stream((await self.receive(ws))["seq"])
                     self.record.streams.append(stream)
                     while not self.done.is_set():
@@ -266,27 +247,26 @@ class Trial:
                         if seq := await self.outcome(ws, stream, pending):
                             self.record.acknowledge(pending, seq)
                             pending = None
-                        await asyncio.sleep(0.1 if pending else self.pause)
+                        await asyncio.sleep(0.1 if pending else 0.005)
             await asyncio.sleep(0.05)
 
     async def outcome(self, ws: Any, stream: Stream, client_id: str) -> int | None:
         """Read until a send is answered: by its event, by an ack, or by an error."""
         while (frame := await self.receive(ws, stream)).get("client_id") != client_id:
             pass
-        if frame["type"] == "error":
-            if frame["error"] != "unavailable":
-                self.record.complaints.append(f"refused: {frame}")
-            return None
-        return int(frame["seq"])
+        if frame["type"] != "error":
+            return int(frame["seq"])
+        if frame["error"] != "unavailable":
+            self.record.complaints.append(f"refused: {frame}")
+        return None
 
-    async def read(self, chance: random.Random, *, stay: bool) -> None:
-        """Follow the log from its beginning to the goal, over drops and losses."""
-        token, stream = next(self.tokens), Stream(0, live=True)
+    async def read(self, user: User, chance: random.Random, *, stay: bool) -> None:
+        """Follow the log from its beginning to the last message, over drops and losses."""
+        stream = Stream(0, live=True)
         self.record.streams.append(stream)
         while True:
             with suppress(*LOST):
-                async with self.connect(token, f"?after={stream.last}") as ws:
-                    await self.receive(ws)
+                async with self.connect(user, f"?after={stream.last}") as ws:
                     for _ in range(10**6 if stay else chance.randrange(1, 150)):
                         frame = await self.receive(ws, stream)
                         if self.end and frame.get("client_id") == self.end:
@@ -295,17 +275,17 @@ class Trial:
                         drop(ws)
             await asyncio.sleep(0.05)
 
-    def connect(self, token: str, query: str = "") -> Any:
+    def connect(self, user: User, query: str = "") -> Any:
         """Open a socket to any process."""
         url = f"{random.choice(self.processes).url}/websockets/chat/{self.room}{query}"  # noqa: S311
-        headers = {"Authorization": f"Bearer {token}"}
-        return self.session.ws_connect(url, headers=headers, max_msg_size=0)
+        headers = {"Authorization": f"Bearer {user.token}"}
+        return user.session.ws_connect(url, headers=headers, max_msg_size=0)
 
     async def receive(self, ws: Any, stream: Stream | None = None) -> Event:
         """Return the next frame; what has a number goes into the stream."""
         message = await ws.receive(timeout=20)
         if message.type is not aiohttp.WSMsgType.TEXT:
-            if close_code(message) not in MEET_AGAIN:
+            if close_code(message) not in COME_AGAIN:
                 self.record.complaints.append(f"closed: {close_code(message)} {message.extra}")
             raise ConnectionResetError
         frame: Event = json.loads(message.data)
@@ -314,16 +294,3 @@ class Trial:
         if frame["type"] == "reset":
             self.record.complaints.append(f"reset: {frame}")
         return frame
-
-    async def read_log(self, process: Process) -> list[Event]:
-        """Return the whole log as one process tells it."""
-        log: list[Event] = []
-        path = f"{process.url}/rooms/{self.room}/events?limit=200&after="
-        headers = {"Authorization": f"Bearer {next(self.tokens)}"}
-        while True:
-            after = log[-1]["seq"] if log else 0
-            async with self.session.get(f"{path}{after}", headers=headers) as answer:
-                page = (await answer.json())["events"]
-            if not page:
-                return log
-            log += page

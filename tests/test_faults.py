@@ -44,7 +44,7 @@ UNAVAILABLE = {"type": "error", "error": "unavailable"}
 async def trying(processes: list[Process], users: list[User], **more: Any) -> AsyncIterator[Trial]:
     """Let writers and readers loose in a new room; afterwards no promise is broken."""
     room = await users[0].room(*users[1:])
-    trial = Trial(processes, [user.token for user in users], room, **more)
+    trial = Trial(processes, users, room, **more)
     async with trial:
         yield trial
     assert trial.problems == []
@@ -79,7 +79,7 @@ async def test_kill_9_at_random_loses_nothing(
     async with (
         running(tmp_path, new_database(tmp_path), count=count) as processes,
         company(processes[0], "alice", "bob") as users,
-        trying(processes, users, writers=12, readers=8) as trial,
+        trying(processes, users, counts=(12, 8)) as trial,
     ):
         for number in range(6):
             await trial.more(chance.randrange(20, 150))
@@ -150,7 +150,7 @@ async def test_sigterm_under_load_finishes_what_was_accepted(
     async with (
         running(tmp_path, new_database(tmp_path)) as (process,),
         company(process, "alice", "bob") as users,
-        trying([process], users, writers=12) as trial,
+        trying([process], users, counts=(12, 6)) as trial,
     ):
         for _ in range(3):
             await trial.more(100)
@@ -405,7 +405,7 @@ async def test_a_commit_or_its_answer_that_is_lost_is_never_a_false_ack(
         Wire(postgres.create_database(postgres_url)) as wire,
         running(tmp_path, wire.url) as (process,),
         company(process, "alice", "bob") as users,
-        trying([process], users, writers=6) as trial,
+        trying([process], users, counts=(6, 6)) as trial,
     ):
         for _ in range(6):
             for side in ("request", "answer"):
@@ -426,7 +426,7 @@ async def test_when_all_connections_are_cut_delivery_is_back_in_seconds(
         trying(processes, users) as trial,
         users[0].chat(trial.room) as chat,
     ):
-        for _ in range(15):
+        for _ in range(30):
             await cut_connections(url)
             await asyncio.sleep(0.1)
         await trial.more(50, patience=5)
@@ -518,50 +518,13 @@ async def test_a_flood_disturbs_nobody_else(tmp_path: Path, flood: Any) -> None:
         assert max(waits) < 1.5, waits
 
 
-HARD = [
-    r'{"message":"","client_id":"\ud800"}',
-    r'{"message":"\ud800","client_id":"x"}',
-    r'{"message":"x","client_id":["\ud800"]}',
-    r'{"message":"x","client_id":"' + "c" * 65 + '"}',
-    r'{"message":"x","client_id":"\u0000"}',
-    r'{"type":"edit","target":"\ud800","message":"x"}',
-    r'{"type":"edit","target":NaN,"message":"x","client_id":"x"}',
-    r'{"type":"delete","target":1e999}',
-    r'{"type":"delete","target":-1}',
-    r'{"type":"delete","target":' + "9" * 5000 + "}",
-    r'{"type":"read","seq":{"a":["\udfff"]}}',
-    r'{"type":"\ud800","client_id":"x"}',
-    r'{"type":["message"],"target":true}',
-    "[" * 60_000,
-    '{"a":' * 10_000 + "1" + "}" * 10_000,
-]
-
-
-async def test_refused_frames_that_are_hard_to_echo_stop_nothing(
-    new_database: Databases, tmp_path: Path
-) -> None:
-    """Each is answered by an error, and a batch with it is stored and answered as any other."""
-    async with (
-        running(tmp_path, new_database(tmp_path)) as (process,),
-        company(process, "alice", "mallory") as (alice, mallory),
-        alice.chat("1") as chat,
-        mallory.chat("1") as hers,
-    ):
-        work = asyncio.create_task(latency(chat, 3))
-        for text in HARD:
-            await hers.ws.send_str(text)
-            error = await hers.hear("error")
-            assert error.get("client_id", "x") == "x", (text, error)
-            assert type(error.get("target", 0)) is int, (text, error)
-            await hers.deliver("after it")
-        assert len(await work) > 20
-
-
 async def test_readers_that_stop_are_cut_off_and_really_freed(tmp_path: Path) -> None:
     """In a busy room and in one of whispers they cost little, others nothing, and then they go."""
     url = f"sqlite:///{tmp_path}/chat.db"
+    # Has the C library give back what Python has freed, so that it can be seen.
+    exact: dict[str, Any] = {"malloc_mmap_threshold_": 8192, "malloc_trim_threshold_": 65536}
     async with (
-        running(tmp_path, url, strict=False) as (process,),
+        running(tmp_path, url, **exact, strict=False) as (process,),
         company(process, *["alice"] * 12) as (alice, bob, *others),
     ):
         busy, quiet = await alice.room(bob), await alice.room()
@@ -573,7 +536,7 @@ async def test_readers_that_stop_are_cut_off_and_really_freed(tmp_path: Path) ->
             peers = [
                 stack.enter_context(handshake(alice, room))
                 for room in (busy, quiet)
-                for _ in range(15)
+                for _ in range(30)
             ]
 
             async def shout() -> None:

@@ -7,7 +7,6 @@ import asyncio
 import json
 import secrets
 import socket
-import struct
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import closing, suppress
@@ -24,7 +23,7 @@ from yarl import URL
 
 from tests import postgres
 from tests.people import At, User, enrol, handshake, upgrade_request
-from tests.processes import KEY, NO_LIMITS, Process, descriptors, is_clean, memory, until
+from tests.processes import KEY, NO_LIMITS, Process, is_clean, memory
 
 pytestmark = pytest.mark.slow
 NOBODY: Any = User(None, At("http://x"), "", "")  # type: ignore[arg-type]
@@ -214,26 +213,6 @@ async def test_what_is_offered_in_the_handshake_is_declined(users: list[User]) -
         (await asyncio.to_thread(refused, users[1], "1", odd)).close()
 
 
-async def test_a_client_that_resets_at_any_step_leaves_nothing_behind(
-    process: Process, users: list[User]
-) -> None:
-    """Whoever is gone amid the request, the log-in or a frame costs no descriptor afterwards."""
-    url, before = URL(process.url), descriptors(process.pid)
-    auth = frame(TEXT, json.dumps({"type": "auth", "token": users[1].token}).encode())
-    request = upgrade_request(NOBODY, "1")
-    steps = [b"", request[:20], request, request + auth[:9], request + auth, request + auth + LATE]
-    steps.append(b"POST /auth/register HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
-    for number in range(100):
-        with socket.create_connection((url.host, url.port)) as peer:
-            peer.sendall(steps[number % len(steps)])
-            if number % 3:
-                peer.settimeout(0.02)
-                with suppress(TimeoutError):
-                    peer.recv(100)
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    await until(lambda: descriptors(process.pid) <= before, "the descriptors", 15)
-
-
 # --- HTTP
 
 CANARY = "canary-in-the-header"
@@ -288,40 +267,6 @@ async def test_what_is_no_http_gets_a_short_answer(users: list[User], data: byte
     if answer:
         assert 400 <= int(answer.split()[1]) < 500, answer
         assert len(answer) < 3000
-
-
-JSON = "application/json"
-BODIES: list[tuple[int, str, bytes]] = [
-    (415, "text/plain", b'{"message":"x"}'),
-    (415, "multipart/form-data; boundary=x", b'{"message":"x"}'),
-    (415, "nonsense", b'{"message":"x"}'),
-    (400, f"{JSON}; charset=bogus", b'{"message":"x"}'),
-    (400, f"{JSON}; charset=rot13", b'{"message":"x"}'),
-    (400, f"{JSON}; charset=", b'{"message":"x"}'),
-    (400, JSON, '{"message":"x"}'.encode("utf-16")),
-    (400, f"{JSON}; charset=utf-16", '{"message":"x"}'.encode("utf-16")),
-    (400, JSON, '{"message":"x"}'.encode("utf-32")),
-    (400, JSON, b'{"message":"\xff"}'),
-    (400, JSON, b"[" * 60_000),
-    (400, JSON, b'{"message":' + b"[" * 30_000 + b"]" * 30_000 + b"}"),
-    (400, JSON, b'{"message":NaN}'),
-    (400, JSON, b'{"message":' + b"9" * 5000 + b"}"),
-    (413, JSON, b"[" * 10**6),
-    (413, JSON, b'{"message":"x"' + b" " * 70_000 + b"}"),
-]
-
-
-@pytest.mark.parametrize(("status", "kind", "body"), BODIES, ids=range(len(BODIES)))
-async def test_a_body_that_is_not_json_in_utf8_is_refused(
-    users: list[User], status: int, kind: str, body: bytes
-) -> None:
-    """Bogus charsets, UTF-16 and nesting of any depth are the client's error, told in JSON."""
-    headers = {"Authorization": f"Bearer {users[1].token}", "Content-Type": kind}
-    url = f"{users[1].place.url}/rooms/1/messages"
-    async with users[1].session.post(url, data=body, headers=headers) as answer:
-        told = await answer.json()
-        assert answer.status in ({status, 201} if kind.startswith(f"{JSON};") else {status}), told
-        assert answer.status == 201 or told["detail"]
 
 
 SLOW = {
