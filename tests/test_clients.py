@@ -2,10 +2,9 @@
 
 import asyncio
 import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -18,10 +17,8 @@ from oauthlib.oauth2 import (  # type: ignore[import-untyped]
 from requests_oauthlib import OAuth2Session  # type: ignore[import-untyped]
 from websockets.asyncio.client import connect
 
-from tests import postgres
-from tests.conftest import missing
 from tests.people import PASSWORD, User, company
-from tests.processes import KEY, NO_LIMITS, Process, is_clean
+from tests.processes import Process, running
 
 pytestmark = pytest.mark.slow
 
@@ -35,17 +32,10 @@ def plain_http(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+async def process(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Process]:
     """Run one server for all tests of this file."""
-    given: dict[str, Any] = {**NO_LIMITS, "database_url": "sqlite:///chat.db", "secret_key": KEY}
-    process = Process(tmp_path_factory.mktemp("clients"), port=0, host="127.0.0.1", **given)
-    try:
-        postgres.run_apart(process.ready())
+    async with running(tmp_path_factory.mktemp("clients"), "sqlite:///chat.db") as (process,):
         yield process
-        assert postgres.run_apart(process.end()) == 0, process.log
-        is_clean(process.log)
-    finally:
-        process.kill()
 
 
 @pytest.mark.parametrize("more", [{}, {"client_secret": "ignored", "include_client_id": True}])
@@ -101,35 +91,6 @@ async def test_httpx_registers_logs_in_and_chats(process: Process) -> None:
         for path in ("/", "/healthz", "/openapi.json", "/docs"):
             head = await client.head(path)
             assert (head.status_code, head.content) == (200, b""), path
-
-
-async def run(*command: str) -> Any:
-    """Run a program and return the JSON that it printed."""
-    pipe = subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
-    out, err = await asyncio.wait_for(process.communicate(), 20)
-    assert process.returncode == 0, err
-    return json.loads(out)
-
-
-async def test_curl_registers_logs_in_and_chats(process: Process) -> None:
-    """The first example works with curl as one would type it, and with a body that it announces."""
-    if (curl := shutil.which("curl")) is None:
-        missing("no curl")
-    base = [str(curl), "-sS", "--fail-with-body", "--noproxy", "*"]
-    form = {"username": "carl", "email": "carl@example.org", "password": PASSWORD}
-    user = await run(*base, "--json", json.dumps(form), f"{process.url}/auth/register")
-    assert user["username"] == "carl"
-    grant = f"username=carl&password={PASSWORD}"
-    login = await run(*base, "-d", grant, f"{process.url}/auth/token")
-    base += ["-H", f"Authorization: Bearer {login['access_token']}"]
-    base += ["-H", "Content-Type: application/json"]
-    url = f"{process.url}/rooms/1/messages"
-    event = await run(*base, "-d", '{"message": "by curl"}', url)
-    big = json.dumps({"message": "x" * 3000})
-    longer = await run(*base, "-H", "Expect: 100-continue", "-d", big, url)
-    assert longer["seq"] == event["seq"] + 1
-    assert event in await run(*base, url)
 
 
 @pytest.mark.parametrize("how", ["header", "first frame"])

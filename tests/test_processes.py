@@ -5,7 +5,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ from tests.checker import Trial
 from tests.people import Chat, User, company
 from tests.processes import (
     KEY,
-    NO_LIMITS,
     Process,
     Wire,
     cut_connections,
@@ -44,21 +43,13 @@ class Hosts(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def hosts(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+async def hosts(
+    postgres_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Hosts]:
     """Run four processes for all tests of this file that do not need their own."""
     url, folder = postgres.create_database(postgres_url), tmp_path_factory.mktemp("hosts")
-    settings: dict[str, Any] = {**NO_LIMITS, "database_url": url, "secret_key": KEY, "port": 0}
-    settings["host"] = "127.0.0.1"
-    processes = [Process(folder, **settings) for _ in range(4)]
-    try:
-        postgres.run_apart(all_ready(processes))
+    async with running(folder, url, count=4) as processes:
         yield Hosts(processes, url)
-        for process in processes:
-            assert postgres.run_apart(process.end()) == 0, process.log
-            is_clean(process.log)
-    finally:
-        for process in processes:
-            process.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -68,14 +59,6 @@ async def brisk() -> AsyncIterator[None]:
     loop.set_debug(False)
     yield
     loop.set_debug(True)
-
-
-async def all_ready(processes: Sequence[Process]) -> None:
-    """Wait until all listen; who has died is started again first."""
-    for process in processes:
-        if process.popen.poll() is not None:
-            process.start()
-        await process.ready()
 
 
 @asynccontextmanager
@@ -238,7 +221,8 @@ async def test_who_is_on_a_dead_or_frozen_process_is_offline_soon(hosts: Hosts) 
             await hers.hear("presence", 15, username=carol.name, online=True)
             await quick([hers, chats[2]], 10)
             assert whole(hers) and whole(chats[2])
-    await all_ready(hosts.processes)
+    dead.start()
+    await dead.ready()
 
 
 # --- Shut means shut, everywhere

@@ -21,9 +21,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from yarl import URL
 
-from tests import postgres
 from tests.people import At, User, enrol, handshake, upgrade_request
-from tests.processes import KEY, NO_LIMITS, Process, is_clean, memory
+from tests.processes import Process, memory, running
 
 pytestmark = pytest.mark.slow
 NOBODY: Any = User(None, At("http://x"), "", "")  # type: ignore[arg-type]
@@ -31,20 +30,12 @@ TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 
 
 @pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+async def process(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Process]:
     """Run one server for all tests of this file; what was sent to it left its log clean."""
-    folder = tmp_path_factory.mktemp("wire")
-    given: dict[str, Any] = {**NO_LIMITS, "database_url": "sqlite:///chat.db", "secret_key": KEY}
-    process = Process(folder, port=0, host="127.0.0.1", **given)
-    try:
-        postgres.run_apart(process.ready())
+    async with running(tmp_path_factory.mktemp("wire"), "sqlite:///chat.db") as (process,):
         yield process
-        assert postgres.run_apart(process.end()) == 0, process.log
-        is_clean(process.log)
-        assert len(process.log) < 20_000, process.log[:2000]
-        assert CANARY not in process.log
-    finally:
-        process.kill()
+    assert len(process.log) < 20_000, process.log[:2000]
+    assert CANARY not in process.log
 
 
 @pytest.fixture(scope="module")
