@@ -260,7 +260,7 @@ def test_asyncpg_is_imported_for_postgres_alone() -> None:
 def test_every_promise_has_a_test(number: int) -> None:
     """Each promise is tested under its number, or has a file of its own."""
     names = re.findall(
-        r"^async def test_(\d)_", (ROOT / "tests/test_promises.py").read_text(), re.M
+        r"^async def test_(\d)_", (ROOT / "tests/test_promises.py").read_text(), re.MULTILINE
     )
     assert str(number) in {*names, "7"}
 
