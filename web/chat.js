@@ -167,6 +167,7 @@ class Refusal extends Trouble {
   constructor(status, body) {
     super(explain(status, body));
     this.status = status;
+    this.detail = body.detail ?? "";
     this.wait = body.retry_after;
     this.passing = [401, 408, 429, 502, 503, 504].includes(status);
   }
@@ -238,16 +239,8 @@ function explain(status, { detail }) {
       /^([\w -]+): (should|is)/,
       (all, field, verb) => `${LABELS[field] ?? field} ${verb}`,
     )
-    .replace(/wait (\d+) s$/, "wait $1 seconds, then try again")
-    .replace(
-      /owner of (.*), or delete it$/,
-      (all, ids) => `owner of ${listNames(ids)}, or delete it`,
-    );
+    .replace(/wait (\d+) s$/, "wait $1 seconds, then try again");
   return `${words[0].toUpperCase()}${words.slice(1)}.`;
-}
-
-function listNames(ids) {
-  return ids.split(", ").map(nameOfId).join(", ");
 }
 
 const timeOfDay = new Intl.DateTimeFormat([], { timeStyle: "short" });
@@ -555,7 +548,8 @@ async function connect() {
   } catch (problem) {
     if (!(problem instanceof Trouble)) throw problem;
     if (room !== here) return;
-    if ([403, 404].includes(problem.status)) closeRoom(CLOSED);
+    if ([403, 404].includes(problem.status))
+      closeRoom(whyClosed(problem.status));
     else connectLater();
   }
 }
@@ -632,13 +626,11 @@ function lostLine(code) {
   if (line.opened) lineRefusals = 0;
   else lineRefusals += 1;
   closeLine();
+  if (changingAccount) return; // it is opened again after that
   here.typing.clear();
   here.lost ??= here.last;
-  if (code === 4401 && !changingAccount) quietly(ask("GET", "users/me")); // ends the session?
-  if (code === 4403)
-    return closeRoom(here.role ? "You are no longer in this room." : CLOSED);
-  if (code === 4404)
-    return closeRoom(here.role ? "This room was deleted." : CLOSED);
+  if (code === 4401) quietly(ask("GET", "users/me")); // ends the session?
+  if (code === 4403 || code === 4404) return closeRoom(whyClosed(code - 4000));
   if (code === 4400) here.epoch = null;
   connectLater(code === 4429 ? 30 : 0);
   quietly(loadRooms());
@@ -678,7 +670,8 @@ async function readNews() {
       room.epoch = null;
       connect();
     }
-    if ([403, 404].includes(problem.status)) closeRoom(CLOSED);
+    if ([403, 404].includes(problem.status))
+      closeRoom(whyClosed(problem.status));
   } finally {
     room.reading = false;
   }
@@ -733,6 +726,8 @@ function enterRoom(room_id, goal) {
   sayResumed = "";
   keep(own("room"), room_id);
   wipe();
+  view.live = !goal;
+  paintWaiting();
   draft = recall(own(`draft ${room_id}`)) ?? { text: "", edit: null };
   showDraft();
   paintRooms();
@@ -749,10 +744,17 @@ function leaveRoom() {
   here = null;
 }
 
+function whyClosed(status) {
+  if (!here.role) return CLOSED;
+  if (status === 404) return "This room was deleted.";
+  return "You are no longer in this room.";
+}
+
 // One is not, or no longer, in this room.
 function closeRoom(why) {
   const { room_id } = here;
   leaveRoom();
+  $("about").close();
   if (recall(own("room")) === room_id) keep(own("room"), null);
   notice(why);
   quietly(loadRooms()).then(goHome);
@@ -804,7 +806,7 @@ const frames = {
     change(target, { deleted: true });
   },
   member({ member, role }) {
-    if (member === session.username) here.role = role;
+    if (member === session.username && role) here.role = role;
     quietly(loadRooms());
     if ($("about").open) quietly(paintAbout());
   },
@@ -1076,7 +1078,7 @@ function arrange(element) {
 
 // Links end where people mean: brackets that were opened in them belong, punctuation does not.
 const LINK =
-  /https?:\/\/[^\s<>"“”„«»‘\u3000-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]+/giu;
+  /https?:\/\/(?=[\p{L}\p{N}[])[^\s<>"“”„«»‘\u3000-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65]+/giu;
 const TRAILING = /[.,;:!?'’…،؛؟।]$/u;
 const BRACKETS = { ")": "(", "]": "[", "}": "{" };
 
@@ -1389,7 +1391,7 @@ let markTimer = null;
 
 function seeNewest() {
   const room = entryOf(here.room_id);
-  if (!room?.unread) return;
+  if (!room?.unread || here.epoch === null) return;
   takeAsRead(here.room_id, here.last);
   keep(own(`read ${here.room_id}`), here.last);
   marks.set(here.room_id, here.last);
@@ -1824,6 +1826,8 @@ $("unsent-summary").onclick = () => {
 };
 
 async function openAccount() {
+  for (const part of $("account").querySelectorAll("details"))
+    part.open = false;
   for (const form of $("account").querySelectorAll("form")) form.reset();
   for (const error of $("account").querySelectorAll(".error"))
     error.textContent = "";
@@ -1856,6 +1860,9 @@ async function endAccount() {
   changingAccount = true;
   try {
     await ask("DELETE", "users/me", { password: $("last-password").value });
+  } catch (problem) {
+    if (problem.status !== 409) throw problem;
+    throw new Trouble(sayOwned(problem.detail));
   } finally {
     changingAccount = false;
   }
@@ -1866,6 +1873,16 @@ async function endAccount() {
   keys.forEach((key) => keep(key, null));
   $("username").value = "";
   $("username").focus();
+}
+
+// The server lists ids, the page shows names.
+function sayOwned(detail) {
+  const words = detail.split(/[^a-z0-9_-]+/);
+  const owned = rooms.filter((room) => room.role === "owner");
+  const names = owned
+    .filter((room) => words.includes(room.room_id))
+    .map((room) => `“${nameOf(room)}”`);
+  return `First give ${names.join(", ")} another owner, or delete what nobody needs.`;
 }
 
 $("account-button").onclick = openAccount;
