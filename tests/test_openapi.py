@@ -116,7 +116,9 @@ def test_the_document_lists_every_route_and_no_other() -> None:
         for route in app.router.routes()
         if route.resource and route.method not in ("HEAD", "OPTIONS", "*")
     }
-    assert {route for route in routes if route[1] != "/web"} == set(OPERATIONS)
+    files = {route for route in routes if route[1].startswith("/web/")}
+    myself = ("GET", "/users/me")  # which the route of every user answers
+    assert routes - files | {myself} == set(OPERATIONS)
 
 
 def test_the_guide_tells_the_limits_that_the_program_has() -> None:
@@ -240,7 +242,6 @@ STORY: list[tuple[str, str, Any, int]] = [
     ("bob", "POST /rooms", {"kind": "direct", "username": "nobody"}, 404),
     ("bob", "GET /rooms", None, 200),
     ("alice", "GET /rooms/tea", None, 200),
-    ("alice", "PATCH /rooms/tea", {"name": "Coffee"}, 200),
     ("alice", "PUT /rooms/tea/members/bob", None, 200),
     ("alice", "PUT /rooms/tea/members/bob", {"role": "moderator"}, 200),
     ("alice", "PUT /rooms/tea/members/alice", {"role": "member"}, 409),
@@ -257,14 +258,9 @@ STORY: list[tuple[str, str, Any, int]] = [
     ("bob", "DELETE /rooms/1/messages/2", None, 403),
     ("alice", "DELETE /rooms/1/messages/3", None, 204),
     ("alice", "POST /rooms/1/messages", ONCE, 200),
-    ("alice", "PATCH /rooms/1", {"name": "Lounge"}, 200),
     ("carol", "GET /rooms/1/messages", None, 200),
     ("carol", "GET /rooms/1/messages?before=3&limit=1", None, 200),
     ("carol", "GET /rooms/1/messages?limit=0", None, 400),
-    ("carol", "GET /rooms/1/events", None, 200),
-    ("carol", "GET /rooms/1/events?after=-1", None, 400),
-    ("carol", "GET /rooms/1/events?after=999", None, 410),
-    ("carol", "GET /rooms/1/events?epoch=another", None, 410),
     ("alice", "PUT /rooms/1/read", {"seq": 1}, 204),
     ("alice", "PUT /rooms/1/read", {"seq": "1.5"}, 400),
     ("carol", "PUT /rooms/1/read", {"seq": 1}, 403),
@@ -323,6 +319,12 @@ async def test_every_answer_is_as_documented(start: Start) -> None:
             assert example in api.errors, f"nothing was answered by {example}"
 
 
+async def too_slow() -> AsyncIterator[bytes]:
+    """Begin a body, and go on too late."""
+    yield b"{"
+    await asyncio.sleep(0.2)
+
+
 async def refuse(api: Api, method: str, path: str) -> None:
     """Ask for one operation without a log-in, in rooms that are not open, with a bad body."""
     operation, request = OPERATIONS[method, path], f"{method} {fill(path)}"
@@ -334,6 +336,9 @@ async def refuse(api: Api, method: str, path: str) -> None:
         await api.ask("alice", request, status=415, data="hello", headers=plain)
         kind = {"Content-Type": next(iter(operation["requestBody"]["content"]))}
         await api.ask("alice", request, status=413, data="x" * 70_000, headers=kind)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chatserver, "BODY_WAIT", 0.01)
+            await api.ask("alice", request, status=408, data=too_slow(), headers=kind)
     if "{room_id}" in path:
         body = None if method == "GET" else ANY_BODY
         for room_id, status in (("private", 403), ("none", 404), ("NO", 400)):
@@ -382,8 +387,7 @@ async def test_every_frame_is_as_the_guide_shows_it(start: Start) -> None:
             while True:
                 frame = await socket.receive_json()
                 came.setdefault(frame["type"], set()).update(frame)
-                if "created_at" in frame:
-                    validate(frame, {"$ref": "#/components/schemas/AnyEvent"}, str(frame))
+                validate(frame, {"$ref": "#/components/schemas/ServerFrame"}, str(frame))
                 if frame["type"] == wanted:
                     return
 
@@ -403,10 +407,6 @@ async def test_every_frame_is_as_the_guide_shows_it(start: Start) -> None:
                 await hear(his, wanted)
             await his.send_json({"type": "typing"})
             await hear(hers, "typing")
-            await his.send_json({"type": "read", "seq": 5})
-            await hear(hers, "read")
-        await api.ask("alice", "PATCH /rooms/1", {"name": "Lounge"}, 200)
-        await hear(hers, "room")
     shown = described_frames()
     for keys in (came["error"], shown["error"]):
         keys |= {"target", "retry_after"}
