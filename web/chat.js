@@ -307,8 +307,8 @@ async function renewLogin() {
 function takeLogin(login) {
   const ended = !session.token;
   Object.assign(session, login);
-  tell({ type: "auth", token: session.token });
   if (ended) goOn();
+  else renewLine();
 }
 
 function hearSession(value) {
@@ -543,29 +543,28 @@ async function connect() {
   if (!session?.token) return;
   showStatus();
   try {
-    if (room.epoch === null) await findHead(room);
+    if (!room.open) await openHistory(room);
     if (room === here && session?.token) openLine();
   } catch (problem) {
     if (!(problem instanceof Trouble)) throw problem;
-    if (room !== here) return;
-    if ([403, 404].includes(problem.status))
-      closeRoom(whyClosed(problem.status));
-    else connectLater();
+    if (room === here && !closeIfShut(problem)) connectLater();
   }
 }
 
 // First the number up to which the log goes now, then the history: what comes later is after it.
-async function findHead(room) {
-  const path = `rooms/${room.room_id}/events?after=0&limit=1`;
-  const { seq, epoch } = await ask("GET", path);
-  if (room !== here || room.epoch !== null) return;
-  Object.assign(room, { last: seq, epoch });
-  quietly(room.goal ? showMessage(room.goal) : showNewest());
+async function openHistory(room) {
+  const { room_id, goal } = room;
+  const known = entryOf(room_id) ?? (await ask("GET", `rooms/${room_id}`));
+  if (room !== here) return;
+  room.last = known.seq;
+  room.open = true;
+  quietly(goal ? showMessage(goal) : showNewest());
 }
 
 function openLine() {
   const { room_id, last, epoch } = here;
-  const query = new URLSearchParams({ after: last, epoch });
+  const query = new URLSearchParams({ after: last });
+  if (epoch) query.set("epoch", epoch);
   const url = new URL(
     `websockets/chat/${room_id}?${query}`,
     location.href.replace(/#.*/, ""),
@@ -573,23 +572,36 @@ function openLine() {
   url.protocol = url.protocol.replace("http", "ws");
   closeLine();
   const socket = new WebSocket(url);
+  const { token } = session;
   const mine = { socket, ready: false, opened: false, heard: Date.now() };
   line = mine;
   // An upgrade that nobody answers is given up.
   mine.timer = setTimeout(() => lostLine(1006), PATIENCE);
   socket.onopen = () => {
     mine.opened = true;
-    socket.send(JSON.stringify({ type: "auth", token: session.token }));
+    socket.send(JSON.stringify({ type: "auth", token }));
   };
   socket.onmessage = ({ data }) => hearLine(JSON.parse(data));
   socket.onclose = ({ code }) => lostLine(code);
   showStatus();
 }
 
+// A line lasts as long as the log-in with which it was opened: a new one takes its place in time.
+function renewLine() {
+  if (!line?.ready) return;
+  const { socket, asked } = line;
+  clearTimeout(asked);
+  socket.onmessage = socket.onclose = null;
+  line = null;
+  openLine();
+  line.before = socket;
+}
+
 function closeLine() {
   clearTimeout(lineTimer);
   if (!line) return;
-  const { socket, timer, asked } = line;
+  const { socket, timer, asked, before } = line;
+  before?.close();
   clearTimeout(timer);
   clearTimeout(asked);
   socket.onmessage = socket.onclose = null;
@@ -631,7 +643,7 @@ function lostLine(code) {
   here.lost ??= here.last;
   if (code === 4401) quietly(ask("GET", "users/me")); // ends the session?
   if (code === 4403 || code === 4404) return closeRoom(whyClosed(code - 4000));
-  if (code === 4400) here.epoch = null;
+  if (code === 4400) here.open = false;
   connectLater(code === 4429 ? 30 : 0);
   quietly(loadRooms());
   return readNews();
@@ -653,28 +665,35 @@ function connectNow() {
   connect();
 }
 
-// Where there is no line, the same events come over HTTP.
+// Where there is no line, the newest page of the history is read again and again.
 async function readNews() {
   const room = here;
-  if (!room || room.epoch === null || room.reading || !session?.token) return;
+  if (!room?.open || room.reading || !view.live || view.busy) return;
   room.reading = true;
   try {
-    const query = new URLSearchParams({ after: room.last, epoch: room.epoch });
-    const path = `rooms/${room.room_id}/events?${query}`;
-    const { events } = await ask("GET", path);
-    if (room === here) events.forEach(receive);
+    const path = `rooms/${room.room_id}/messages?limit=${PAGE}`;
+    const page = await ask("GET", path);
+    if (room === here && view.live && !view.busy) takeNews(page);
   } catch (problem) {
     if (!(problem instanceof Trouble)) throw problem;
-    if (room !== here) return;
-    if (problem.status === 410) {
-      room.epoch = null;
-      connect();
-    }
-    if ([403, 404].includes(problem.status))
-      closeRoom(whyClosed(problem.status));
+    if (room === here) closeIfShut(problem);
   } finally {
     room.reading = false;
   }
+}
+
+function takeNews(page) {
+  const newest = Math.max(0, ...numbersShown());
+  if (page.length === PAGE && page[0].seq > newest) {
+    quietly(showNewest()); // there is more between
+    return;
+  }
+  for (const message of page) {
+    const shown = find(message.seq)?.data;
+    if (!shown) frames.message(message);
+    else if (shown.message !== message.message) change(message.seq, message);
+  }
+  update();
 }
 
 function statusNow() {
@@ -687,7 +706,7 @@ function statusNow() {
     const why = navigator.onLine ? "Server out of reach" : "Offline";
     return ["lost", waiting ? why + wait : `${why}, trying again…`];
   }
-  if (line?.ready)
+  if (line?.ready || line?.before)
     return sayResumed ? ["resumed", sayResumed] : ["online", "Connected"];
   if (lineRefusals >= 2)
     return [
@@ -714,6 +733,7 @@ function enterRoom(room_id, goal) {
   leaveRoom();
   const known = {
     role: null,
+    open: false, // whether its history is being shown
     last: 0,
     epoch: null,
     goal,
@@ -744,15 +764,24 @@ function leaveRoom() {
   here = null;
 }
 
+function closeIfShut({ status }) {
+  if (status !== 403 && status !== 404) return false;
+  closeRoom(whyClosed(status));
+  return true;
+}
+
 function whyClosed(status) {
   if (!here.role) return CLOSED;
   if (status === 404) return "This room was deleted.";
   return "You are no longer in this room.";
 }
 
+const shut = new Set(); // rooms that turned out so, where nobody is led by us
+
 // One is not, or no longer, in this room.
 function closeRoom(why) {
   const { room_id } = here;
+  shut.add(room_id);
   leaveRoom();
   $("about").close();
   if (recall(own("room")) === room_id) keep(own("room"), null);
@@ -770,14 +799,18 @@ function receive(frame) {
 }
 
 const frames = {
-  hello({ seq, role, online }) {
+  hello({ seq, epoch, role, online }) {
     const missed = seq - here.lost;
     if (here.lost !== null)
       sayAgain(
         missed > 0 ? `caught up on ${missed} missed` : "nothing was missed",
       );
     Object.assign(here, { role, online: new Set(online), lost: null });
+    here.epoch ??= epoch;
+    shut.delete(here.room_id);
     clearTimeout(line.timer);
+    line.before?.close();
+    line.before = null;
     line.ready = true;
     lineTries = lineRefusals = 0;
     showStatus();
@@ -810,10 +843,6 @@ const frames = {
     quietly(loadRooms());
     if ($("about").open) quietly(paintAbout());
   },
-  room() {
-    quietly(loadRooms());
-    if ($("about").open) quietly(paintAbout());
-  },
   typing({ username }) {
     here.typing.set(username, Date.now() + 4000);
     setTimeout(update, 4100);
@@ -821,9 +850,6 @@ const frames = {
   presence({ username, online }) {
     if (online) here.online.add(username);
     else here.online.delete(username);
-  },
-  read({ username, seq }) {
-    here.seen.set(username, seq);
   },
   error({ client_id, detail }) {
     if (client_id !== "echo") notice(explain(400, { detail }));
@@ -1145,10 +1171,13 @@ function trimLog() {
   });
 }
 
+function numbersShown() {
+  return [...log.children].map((each) => each.data.seq).filter(Boolean);
+}
+
 function loadMore() {
-  if (view.busy || !reachable || here.epoch === null || !log.clientHeight)
-    return;
-  const seqs = [...log.children].map((each) => each.data.seq).filter(Boolean);
+  if (view.busy || !reachable || !here.open || !log.clientHeight) return;
+  const seqs = numbersShown();
   if (!view.complete && log.scrollTop < 600)
     quietly(loadPage(seqs.length ? `&before=${seqs[0]}` : "", "complete"));
   else if (!view.live && below() < 600)
@@ -1168,18 +1197,8 @@ function showPeople() {
   const verb = typing.length > 1 ? "are" : "is";
   put(
     $("whispers"),
-    typing.length ? `${typing.join(" and ")} ${verb} typing…` : seenBy(),
+    typing.length ? `${typing.join(" and ")} ${verb} typing…` : "",
   );
-}
-
-// Who has read the newest message, if it is one's own.
-function seenBy() {
-  const last = [...log.children].findLast((each) => each.data.seq)?.data;
-  if (!view.live || last?.username !== session.username) return "";
-  const names = [...here.seen.keys()].filter(
-    (name) => here.seen.get(name) >= last.seq,
-  );
-  return names.length ? `Seen by ${names.sort().join(", ")}` : "";
 }
 
 // --- Composer
@@ -1248,7 +1267,7 @@ function submit() {
   keepDraft();
   showDraft();
   pinned = true;
-  if (!view.live && here.epoch !== null) quietly(showNewest());
+  if (!view.live && here.open) quietly(showNewest());
   write(message);
 }
 
@@ -1391,7 +1410,7 @@ let markTimer = null;
 
 function seeNewest() {
   const room = entryOf(here.room_id);
-  if (!room?.unread || here.epoch === null) return;
+  if (!room?.unread || !here.open) return;
   takeAsRead(here.room_id, here.last);
   keep(own(`read ${here.room_id}`), here.last);
   marks.set(here.room_id, here.last);
@@ -1491,14 +1510,12 @@ function route() {
 // One lands where one was, at first in the Lobby.
 function goHome() {
   const last = recall(own("room"));
-  const home =
-    entryOf(last) ??
-    entryOf("1") ??
-    rooms.find((room) => room.role) ??
-    rooms[0];
-  const room_id = home?.room_id ?? last ?? "";
+  const open = rooms.filter((room) => !shut.has(room.room_id));
+  const find = (room_id) => open.find((room) => room.room_id === room_id);
+  const home = find(last) ?? find("1") ?? open.find(({ role }) => role);
+  const room_id = home?.room_id ?? (rooms.length ? "" : (last ?? ""));
+  history.replaceState(null, "", `#${room_id}`);
   $("nowhere").hidden = Boolean(room_id);
-  history.replaceState(null, "", room_id ? `#${room_id}` : "#");
   paintRooms();
   route();
 }
@@ -1672,11 +1689,8 @@ async function paintAbout() {
   const stuck = me?.role === "owner" && owners.length === 1;
   put($("about-title"), nameOf(about));
   $("invite").hidden = !group || rank < RANKS.moderator;
-  $("rename").hidden = !group || rank < RANKS.owner;
   $("delete-room").hidden = !group || rank < RANKS.owner;
   $("leave-room").hidden = !group || !me || stuck;
-  if (document.activeElement !== $("new-name"))
-    $("new-name").value = about.name;
   const order = (member) => -RANKS[member.role] || 0;
   about.members.sort((one, other) => order(one) - order(other));
   const focused = document.activeElement?.closest("#people li")?.dataset.name;
@@ -1758,14 +1772,6 @@ async function inviteGuest() {
     throw new Trouble(`${guest} is banned here. Lift the ban first.`);
 }
 
-async function renameRoom() {
-  await ask("PATCH", `rooms/${here.room_id}`, {
-    name: $("new-name").value.trim(),
-  });
-  await quietly(loadRooms());
-  await paintAbout();
-}
-
 async function leaveOpenRoom() {
   const { room_id } = here;
   await ask("DELETE", `rooms/${room_id}/members/${session.username}`);
@@ -1783,7 +1789,6 @@ async function deleteOpenRoom() {
 $("about-button").onclick = openAbout;
 $("guest").oninput = () => offerNames($("guest"));
 onSubmit($("invite"), inviteGuest);
-onSubmit($("rename"), renameRoom);
 twice($("leave-room"), "Really leave it?", () => withinAbout(leaveOpenRoom));
 twice($("delete-room"), "Really delete it, with all messages?", () =>
   withinAbout(deleteOpenRoom),
