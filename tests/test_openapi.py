@@ -5,6 +5,7 @@ import copy
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -363,6 +364,22 @@ async def refuse_too_much(api: Api) -> None:
             for _ in range(200 if path.endswith("/read") else 0):  # which has a rate of its own
                 await api.ask("alice", f"{method} {fill(path)}", ANY_BODY)
             await api.ask("alice", f"{method} {fill(path)}", ANY_BODY, 429)
+
+
+async def test_assets_come_from_a_folder_that_was_set_and_from_no_other(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default nothing is served, whatever a folder is called; odd names in one do no harm."""
+    (folder := tmp_path / "cdn").mkdir()
+    (folder / "within").mkdir()
+    for name in ("swagger-ui.css", "a{b.js"):
+        (folder / name).write_text("body {}", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    for setting, status in (("cdn", 404), (str(folder), 200)):
+        server = await start(docs_assets=setting)
+        assert (await server.ask("GET", "/docs_assets/swagger-ui.css")).status == status
+        for missing in ("within", "none.js"):
+            (await server.ask("GET", f"/docs_assets/{missing}")).refused(404, "not_found")
 
 
 # --- Frames
