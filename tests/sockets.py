@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
+import aiohttp
 import pytest
 from aiohttp import WSMsgType
 
@@ -34,7 +35,8 @@ class Socket:
         url = self.user.server.url(f"/websockets/chat/{self.room.room_id}?{query}")
         headers = {"Authorization": f"Bearer {self.user.token}"} if header else {}
         session = self.user.server.client.session
-        self.ws = await session.ws_connect(url, headers=headers, max_msg_size=0)
+        patience = aiohttp.ClientWSTimeout(ws_close=1)
+        self.ws = await session.ws_connect(url, headers=headers, max_msg_size=0, timeout=patience)
         self.user.server.sockets.append(self)
         if header:
             await self.hears(type="hello")
@@ -100,8 +102,9 @@ class Socket:
 
     async def reaches(self, seq: int) -> None:
         """Read until the event of this number has come."""
-        while self.cursor is None or self.cursor < seq:
-            await self.hears(seq=max(seq, self.cursor or 0))
+        async with asyncio.timeout(PATIENCE):
+            while self.cursor is None or self.cursor < seq:
+                await self.next()
 
     async def is_refused(self, code: str = "") -> Event:
         """Wait for an error, check its shape and return it."""
@@ -140,10 +143,8 @@ class Socket:
     # How one goes
 
     async def leave(self) -> None:
-        """Close in the orderly way, but wait for nobody."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                await self.ws.close()
+        """Close in the orderly way, and wait a second at most for the server to do so too."""
+        await self.ws.close()
 
     def drop(self) -> None:
         """Lose the connection, as in a tunnel: no close frame says good-bye."""
@@ -190,6 +191,16 @@ class Wire:
         """Return the head of an answer."""
         async with asyncio.timeout(PATIENCE):
             return await self.reader.readuntil(b"\r\n\r\n")
+
+    def request(
+        self, user: "User", path: str, body: bytes, *more: str, method: str = "POST"
+    ) -> None:
+        """Send a request with a body of JSON, and more headers."""
+        lines = [
+            *(f"{method} {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"),
+            *(f"Authorization: Bearer {user.token}", f"Content-Length: {len(body)}", *more),
+        ]
+        self.send("\r\n".join([*lines, "", ""]).encode() + body)
 
     async def upgrade(self, user: "User", room: "Room", query: str = "") -> Self:
         """Become a user's socket to a room, of which nothing is read yet."""

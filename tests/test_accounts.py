@@ -292,7 +292,7 @@ async def test_a_garbled_login_is_the_clients_error(chat: Server) -> None:
     """A log-in that cannot be read is 400, told as OAuth clients read it."""
     for request in GARBLED_LOGINS:
         kind = {"Content-Type": "application/x-www-form-urlencoded"}
-        options = request if "json" in request else {"headers": kind} | request
+        options: Any = request if "json" in request else {"headers": kind} | request
         error = (await chat.ask("POST", "/auth/token", **options)).refused(400)
         assert error["error"] in {"invalid_request", "invalid_grant"}, request
         assert error["error_description"] == error["detail"]
@@ -303,9 +303,9 @@ async def test_a_garbled_login_is_the_clients_error(chat: Server) -> None:
 NEEDS_LOGIN = [
     *("POST /auth/logout", "POST /auth/password", "POST /auth/renew", "GET /users"),
     *("GET /users/me", "GET /users/alice", "DELETE /users/me", "GET /rooms", "POST /rooms"),
-    *("GET /rooms/1", "PATCH /rooms/1", "DELETE /rooms/1", "PUT /rooms/1/members/alice"),
+    *("GET /rooms/1", "DELETE /rooms/1", "PUT /rooms/1/members/alice"),
     *("DELETE /rooms/1/members/alice", "GET /rooms/1/messages", "POST /rooms/1/messages"),
-    *("PATCH /rooms/1/messages/1", "DELETE /rooms/1/messages/1", "GET /rooms/1/events"),
+    *("PATCH /rooms/1/messages/1", "DELETE /rooms/1/messages/1"),
     *("PUT /rooms/1/read", "GET /search?q=x"),
 ]
 
@@ -425,7 +425,6 @@ LATE_CHANGES: list[tuple[str, str, Event]] = [
     ("DELETE", "/rooms/{room}/messages/2", {}),
     ("PUT", "/rooms/{room}/read", {"seq": 1}),
     ("PUT", "/rooms/{room}/members/{other}", {"role": "member"}),
-    ("PATCH", "/rooms/{room}", {"name": "late"}),
     ("DELETE", "/rooms/{room}", {}),
     ("POST", "/rooms", {"name": "late"}),
     ("POST", "/rooms", {"kind": "direct", "username": "{other}"}),
@@ -571,7 +570,7 @@ async def test_the_last_owner_hands_a_room_over_before_going(chat: Server) -> No
     (await alice.delete(gone.path)).ok(204)
     await kept.admit(bob, role="owner")
     (await alice.delete("/users/me", {"password": PASSWORD})).ok(204)
-    (await bob.patch(kept.path, {"name": "still mine"})).ok()
+    assert (await bob.get(kept.path)).ok()["role"] == "owner"
 
 
 async def test_two_last_owners_cannot_both_go_at_once(chat: Server, there: Server) -> None:

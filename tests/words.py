@@ -16,7 +16,7 @@ import chatserver
 KEY = "a key of the tests that is long enough for each algorithm: 64 bytes, and more"
 PASSWORD = "1234"
 PATIENCE = 10.0
-NUMBERED = ("message", "edit", "delete", "member", "room")
+NUMBERED = ("message", "edit", "delete", "member")
 LIMITS = ("_second", "_minute", "_hour", "sockets", "_user")
 # Most tests are not about limits, and all come from one address.
 NO_LIMITS = {field.name: 0 for field in fields(chatserver.Config) if field.name.endswith(LIMITS)}
@@ -48,10 +48,8 @@ def tell(event: Event) -> str:
             return f"{who} edits {event['target']}: {event.get('message', '(deleted)')}"
         case "delete":
             return f"{who} deletes {event['target']}"
-        case "member":
-            return f"{who} makes {words['member']} {event['role']}"
         case _:
-            return f"{who} calls it {event['name']}"
+            return f"{who} makes {words['member']} {event['role']}"
 
 
 @dataclass(frozen=True)
