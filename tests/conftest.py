@@ -153,7 +153,9 @@ async def servers(
     clients = [Client(TestServer(chatserver.create_app(config(url)))) for _ in range(count)]
     for client in clients:
         await client.start_server()
-    yield [Server(client) for client in clients]
+    running = [Server(client) for client in clients]
+    await running[0].user("first")  # who owns the Lobby, so that nobody else does
+    yield running
     for client in clients:
         await client.close()
 

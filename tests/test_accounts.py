@@ -269,7 +269,8 @@ async def test_a_refused_login_is_told_as_rfc_6749_says(chat: Server, kind: str)
     alice = await chat.user("alice")
     for code, body in BAD_LOGINS:
         sent = {name: alice.name if value == "{name}" else value for name, value in body.items()}
-        error = (await chat.ask("POST", "/auth/token", **{kind: sent})).refused(400, code)
+        options: dict[str, Any] = {kind: sent}
+        error = (await chat.ask("POST", "/auth/token", **options)).refused(400, code)
         assert error["error_description"] == error["detail"]
 
 
