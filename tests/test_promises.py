@@ -18,8 +18,9 @@ import pytest
 from aiohttp import WSMsgType
 
 import chatserver
+from tests import postgres
 from tests.conftest import Start
-from tests.engines import full_disk, held_commits
+from tests.engines import full_disk, held_commits, writer
 from tests.helpers import Room, Server, User
 from tests.sockets import Socket, Wire
 from tests.words import KEY, PASSWORD, Answer, unique, until
@@ -77,6 +78,26 @@ async def test_1_what_cannot_be_stored_is_refused_and_heard_by_nobody(
     await bob.hears(LONG)
     assert (await alice.room.log())[-1]["message"] == LONG
     assert len([text for text in await alice.room.texts() if text == LONG]) == 1
+
+
+async def test_1_a_commit_waits_for_the_disk(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SQLite syncs each commit; a Postgres that does not is named loudly at the start."""
+    chat = await start()
+    if not chat.shared:
+        for pragma, value in (("synchronous", 2), ("journal_mode", "wal")):
+            (row,) = await writer(chat).execute_fetchall(f"PRAGMA {pragma}")
+            assert row[0] == value
+        return
+    assert not caplog.records
+    url = chat.config.database_url
+    name = url.rpartition("/")[2]
+    await postgres.execute(url, f"ALTER DATABASE {name} SET synchronous_commit = off")
+    await start(chat)
+    (line,) = [one.getMessage() for one in caplog.records if one.levelname == "CRITICAL"]
+    assert "synchronous_commit" in line
+    caplog.clear()
 
 
 async def test_1_an_acknowledged_message_is_in_the_database(chat: Server, there: Server) -> None:
