@@ -81,6 +81,7 @@ const QUIET = 20_000; // after so long a silence the line is asked whether it li
 const ECHO = 8_000; // milliseconds that it may take to answer
 const NEWS = 5_000; // from one look for news to the next, where there is no line
 const LISTS = 10_000; // from one look at the list of rooms to the next; three times that if hidden
+const LATE = 2000; // after so long a message is shown as waiting
 const ADOPTION = 15_000; // after so long another tab's message is sent from here
 
 let session = null; // { username, token, born, life }; without a token the log-in has ended
@@ -203,6 +204,7 @@ function noteReachable(now) {
   if (reachable === now) return;
   reachable = now;
   if (now) comeBack();
+  paintWaiting();
   showStatus();
 }
 
@@ -449,6 +451,7 @@ function write(message, target) {
   const made = Math.max(Date.now(), latest + 1); // clocks go back
   const client_id = newClientId();
   putInOutbox({ client_id, room_id: here.room_id, message, target, made });
+  setTimeout(paintWaiting, LATE + 100);
   sendSoon();
 }
 
@@ -721,6 +724,7 @@ function statusNow() {
 function showStatus() {
   if (!session) return;
   const [state, words] = statusNow();
+  update();
   $("status").dataset.state = state;
   put($("status"), words);
 }
@@ -1040,7 +1044,7 @@ function draw(element, message) {
     make("p.when", time),
     words,
   );
-  if (entry) element.append(noteOn(entry));
+  if (entry?.reason || (entry && isLate(entry))) element.append(noteOn(entry));
   if (seq && !deleted && !entry) element.append(makeActions(message));
   if (focused) element.focus();
   putInPlace(element);
@@ -1050,14 +1054,19 @@ function editOf(seq) {
   return waitingIn(here.room_id).findLast((entry) => entry.target === seq);
 }
 
+// A message that is taken at once is not called waiting.
+function isLate({ made }) {
+  return !reachable || !session.token || Date.now() - made > LATE;
+}
+
 function noteOn(entry) {
-  if (!entry.reason) return make("p.note", "Waiting to be sent");
-  const { client_id } = entry;
+  const { client_id, message, reason } = entry;
+  if (!reason) return make("p.note", "Waiting to be sent");
   return make(
     "p.note",
-    `Not sent: ${entry.reason} `,
+    `Not sent: ${reason} `,
     makeButton("Mend", "plain", () =>
-      startEditing({ client_id, text: entry.message }),
+      startEditing({ client_id, text: message }),
     ),
     makeButton("Throw away", "plain", () => throwAway(client_id)),
   );
@@ -1185,7 +1194,8 @@ function loadMore() {
 }
 
 function showPeople() {
-  const names = [...here.online].sort();
+  const live = line?.ready || line?.before;
+  const names = live ? [...here.online].sort() : [];
   put(
     $("online"),
     names.length ? `${names.length} online: ${names.join(", ")}` : "",
@@ -1555,7 +1565,7 @@ function paintFound({ room_id, seq, username, created_at, message }) {
   const where = makeWords("small", nameOfId(room_id));
   const when = make("small", shortDate.format(new Date(created_at)));
   const words = makeWords("p.text", excerpt(message, $("search").value.trim()));
-  const link = make("a", makeWords("b", username), words, where, " ", when);
+  const link = make("a", makeWords("b", username), words, where, " · ", when);
   link.href = `#${room_id}/${seq}`;
   return make("li", link);
 }
@@ -1710,25 +1720,25 @@ function paintPerson({ username, role }, { group, rank, stuck }) {
   const self = username === session.username;
   const owner = rank === RANKS.owner;
   const above = owner || (rank === RANKS.moderator && RANKS[role] < rank);
+  const banned = role === "banned";
   const name = makeWords("b.cut", self ? `${username} (you)` : username);
   name.classList.toggle("online", here.online.has(username));
-  const item = make("li.row", name);
-  item.dataset.name = username;
+  name.title = username;
   const set = (wanted) => () => changeRole(username, wanted);
-  if (group && role !== "banned" && owner && !(self && stuck))
-    item.append(chooseRole(username, role));
-  else if (role !== "member") item.append(make("small", role));
-  if (!self && role !== "banned")
-    item.append(
-      makeButton("Message", "plain", () =>
-        withinAbout(() => openDirect(username)),
-      ),
+  const message = () => withinAbout(() => openDirect(username));
+  const buttons = make("div.buttons");
+  if (!self && !banned) buttons.append(makeButton("Message", "plain", message));
+  if (group && !self && above && banned)
+    buttons.append(makeButton("Lift ban", "plain", set(null)));
+  if (group && !self && above && !banned)
+    buttons.append(
+      askTwice("Remove", set(null)),
+      askTwice("Ban", set("banned")),
     );
-  if (!group || self || !above) return item;
-  if (role === "banned")
-    item.append(makeButton("Lift ban", "plain", set(null)));
-  else
-    item.append(askTwice("Remove", set(null)), askTwice("Ban", set("banned")));
+  const choice = group && owner && !banned && !(self && stuck);
+  const seat = choice ? chooseRole(username, role) : make("small", role);
+  const item = make("li.row", name, seat, buttons);
+  item.dataset.name = username;
   return item;
 }
 
@@ -1803,7 +1813,7 @@ function paintEntry(entry) {
   const { client_id, room_id, message, reason } = entry;
   const where = makeWords("small", nameOfId(room_id));
   const words = makeWords("p.text", message.slice(0, 300));
-  const item = make("li", where, words);
+  const item = make(reason ? "li.refused" : "li", where, words);
   item.append(
     make("p.note", reason ? `Not sent: ${reason}` : "Waiting to be sent"),
   );
@@ -1971,7 +1981,7 @@ window.onpagehide = () => tellMarks();
 window.onhashchange = route;
 window.onstorage = hearOtherTab;
 window.onresize = grow;
-new ResizeObserver(update).observe(log);
+new ResizeObserver(grow).observe(log);
 if (touch.matches) text.setAttribute("enterkeyhint", "enter");
 
 wipe();
