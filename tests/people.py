@@ -67,12 +67,14 @@ class User(NamedTuple):
         event: Event = await self.ask("POST", f"/rooms/{room}/messages", {"message": text, **more})
         return event
 
-    async def log(self, room: str, after: int = 0) -> list[Event]:
-        """Return the log of a room after a number, page by page."""
-        log: list[Event] = []
-        while page := (await self.ask("GET", f"/rooms/{room}/events?after={after}"))["events"]:
-            log += page
-            after = log[-1]["seq"]
+    async def log(self, room: str, log: list[Event] | None = None) -> list[Event]:
+        """Return the log of a room, into a list if one is given, as a socket tells it."""
+        log = [] if log is None else log
+        async with self.chat(room, "?after=0") as chat:
+            while not log or log[-1]["seq"] < chat.hello["seq"]:
+                frame = await chat.next()
+                if "created_at" in frame:
+                    log.append(frame)
         return log
 
     def chat(self, room: str, query: str = "", token: str | None = None) -> "Chat":

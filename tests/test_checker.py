@@ -12,10 +12,10 @@ from tests.processes import PROGRAM, ROOT, running
 # What is broken, where in the program, how, and what the checker may call it.
 BROKEN: dict[str, tuple[str, str, set[str]]] = {
     "acknowledges before the commit": (
-        "            await change.store()\n",
-        """            await change.store()
-            self.hub.publish(change.events)
-            await asyncio.sleep(0.05)
+        "                await fetch(ADD_EVENTS, document(change.events))\n",
+        """                await fetch(ADD_EVENTS, document(change.events))
+                self.hub.publish(change.events)
+                await asyncio.sleep(0.05)
 """,
         {"lost", "reset", "other"},
     ),
@@ -30,9 +30,9 @@ BROKEN: dict[str, tuple[str, str, set[str]]] = {
         {"repeat"},
     ),
     "skips a number": (
-        '        room["seq"] += 1\n',
-        '        room["seq"] += 1 if secrets.randbelow(50) else 2\n',
-        {"gap", "hole"},
+        "        self.heads[room_id] += 1\n",
+        "        self.heads[room_id] += 1 if secrets.randbelow(50) else 2\n",
+        {"gap", "hole", "stuck"},
     ),
     "answers a retry with another number": (
         "        return Stored(before, retry=True)\n",
@@ -69,7 +69,7 @@ async def test_a_broken_server_is_found_out(tmp_path: Path, what: str) -> None:
     ):
         room = await users[0].room(users[1])
         trial = Trial([process], users, room)
-        trial.patience = 8
+        trial.patience = 5
         async with trial:
             for _ in range(5 if "commit" in what else 1):
                 await trial.more(150)

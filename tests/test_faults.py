@@ -325,7 +325,7 @@ async def refuses(user: User, chat: Chat) -> None:
     """Check that a server without a database says so everywhere, and keeps its sockets."""
     await chat.send(message="refused", client_id="refused")
     assert UNAVAILABLE.items() <= (await chat.hear_of("refused")).items()
-    for path in ("/rooms", "/users/me", "/rooms/1/events?after=0", "/healthz"):
+    for path in ("/rooms", "/users/me", "/rooms/1/messages", "/healthz"):
         assert (await user.ask("GET", path, status=503))["error"] == "unavailable"
     await user.ask("POST", "/rooms/1/messages", {"message": "refused"}, status=503)
     form = {"username": user.name, "password": "1234"}
@@ -599,7 +599,7 @@ async def test_a_thousand_who_resume_in_the_same_second_get_everything(
             await asyncio.wait(tasks, timeout=1)
             assert time.monotonic() - began < 40
         assert all(task.result() for task in tasks)
-        assert max(waits) < 3, "one loop is also the thousand's"
+        assert max(waits) < 6, "one loop is also the thousand's"
 
 
 # --- Clocks

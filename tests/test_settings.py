@@ -524,7 +524,7 @@ async def test_a_stop_is_orderly_and_quick(new_database: Databases, tmp_path: Pa
 
 async def test_a_restart_keeps_everything(new_database: Databases, tmp_path: Path) -> None:
     """Accounts, tokens, rooms, roles, marks and messages are there after a restart."""
-    paths = ("/rooms", "/rooms/{room}", "/rooms/{room}/events", "/users/me")
+    paths = ("/rooms", "/rooms/{room}", "/rooms/{room}/messages", "/users/me")
     async with (
         running(tmp_path, new_database(tmp_path)) as (process,),
         company(process, "alice") as (alice,),
