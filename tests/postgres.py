@@ -191,12 +191,6 @@ class Cluster:
         """Stop the cluster: `immediate` is the power cut, `fast` the orderly way."""
         self._run("pg_ctl", "-w", "-t", "30", "-m", mode, "stop")
 
-    def terminate_backends(self) -> None:
-        """Cut every connection to the cluster but one's own."""
-        mine = "pid <> pg_backend_pid() AND backend_type = 'client backend'"
-        command = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {mine}"  # noqa: S608
-        run_apart(execute(self.url, command))
-
     def close(self) -> None:
         """Stop the cluster, if it runs, and remove its folder."""
         if (self.data / "postmaster.pid").exists():
