@@ -45,7 +45,7 @@ from collections import abc, defaultdict
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import Field, dataclass, field, fields
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
 from time import monotonic
@@ -95,7 +95,7 @@ ORIGINS = r"(\s*https?://[^\s,/]+\s*(,|$))*"
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting; for the limits of rates and sockets 0 means none."""
+    """Every setting; for limits 0 means none."""
 
     database_url: str = setting("sqlite:///./chat.db", DATABASES, "sqlite:///… or postgresql://…")
     secret_key: str = setting("", "(.{32,})?", "32 characters or more that sign log-ins")
@@ -114,10 +114,9 @@ class Config:
     sockets: int = setting(10000, MANY, "sockets of all users, in each process")
     allowed_origins: str = setting("", ORIGINS, "sites whose pages may use it, by commas")
     proxies: int = setting(0, range(100), "proxies in front that set X-Forwarded-For")
-    docs_assets: str = setting("cdn", ".+", "cdn, or a folder with Swagger UI and ReDoc")
 
     def __post_init__(self) -> None:
-        """Raises a ValueError that begins with a setting's name."""
+        """Raises a ValueError that names a setting."""
         for one in fields(self):
             parse_setting(one, getattr(self, one.name))
         shared = self.database_url.startswith("postgres")
@@ -125,12 +124,10 @@ class Config:
             raise ValueError("secret_key: Postgres needs one, the same everywhere")
         if self.workers > 1 and not shared:
             raise ValueError("workers: more than one need Postgres")
-        if self.docs_assets != "cdn" and not Path(self.docs_assets).is_dir():
-            raise ValueError("docs_assets: no such folder")
 
 
 SETTINGS = {one.name: one for one in fields(Config)}
-ENV_LINE = r"""(?:export\s+)?(\w+)\s*=\s*(["']?)(.*?)\2(?:\s+#.*)?"""  # NAME = "value"
+ENV_LINE = r"""(?:export\s+)?(\w+)\s*=\s*(["']?)(.*?)\2(?:\s+#.*)?"""
 
 
 def read_settings(name: str) -> dict[str, str]:
@@ -147,7 +144,7 @@ def read_settings(name: str) -> dict[str, str]:
     return {name: value for section in ini.values() for name, value in section.items()}
 
 
-def load_config(options: dict[str, str]) -> Config:
+def load_config(options: dict[str, Any]) -> Config:
     """Reads options over environment over .env over config.ini."""
     environment = {name.lower(): value for name, value in os.environ.items()}
     files = {name: read_settings(name) for name in ("config.ini", ".env")}
@@ -192,12 +189,12 @@ class ChatError(Exception):
 # of it is trusted, and nothing here knows what it is for.
 
 encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-LARGEST = 2**53  # up to here every JSON client is exact
+LARGEST = 2**53  # what JSON clients keep exactly
 CHARACTER = r"[^\0\ud800-\udfff]"  # no NUL, no half of a pair
 KIND = "public|private|direct"
 ROLE = "member|moderator|owner|banned"
 TYPE = "message|edit|delete|typing|read"
-PATTERNS = {  # what a text must be, and how to say so
+PATTERNS = {
     "client_id": ("[ -~]{1,64}", "1 to 64 printable ASCII characters"),
     "email": (r"[^\s@\0\ud800-\udfff]{1,64}@[^\s@\0\ud800-\udfff]{1,189}", "an e-mail address"),
     "kind": (KIND, KIND),
@@ -211,7 +208,7 @@ PATTERNS = {  # what a text must be, and how to say so
 }
 ANYTHING = (f"{CHARACTER}{{1,4096}}", "text")
 SHOWN = ("message", "name", "q")  # must have something that shows
-BLANK = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # Unicode's categories of what does not show
+BLANK = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # Unicode's categories
 
 
 class Fields:
@@ -221,12 +218,12 @@ class Fields:
         self.raw = raw
         self.address = address
 
-    def text(self, name: str, default: str | None = None) -> str:
+    def text(self, name: str, default: str | None = None, *, any_text: bool = False) -> str:
         """A text that fits its pattern, or the default for none."""
         value: Any = self.raw.get(name)
         if value is None and default is not None:
             return default
-        pattern, meaning = PATTERNS.get(name, ANYTHING)
+        pattern, meaning = ANYTHING if any_text else PATTERNS.get(name, ANYTHING)
         fits = isinstance(value, str) and re.fullmatch(pattern, value)
         if not fits or (name in SHOWN and BLANK.issuperset(map(unicodedata.category, value))):
             raise ChatError(400, f"{name}: should be {meaning}")
@@ -277,13 +274,13 @@ def hash_password(password: str, salt: bytes, parameters: str) -> str:
 
 
 class Limiter:
-    """Gives each key `count` tokens in so many seconds; 0 is no limit."""
+    """Gives each key `count` tokens in so many seconds; 0: no limit."""
 
     def __init__(self, what: str, count: int, seconds: int, times: int = 1) -> None:
         self.what = what
         self.rate = count / seconds
         self.most = count * times
-        self.buckets: dict[str, tuple[float, float]] = {}  # what was left, and when
+        self.buckets: dict[str, tuple[float, float]] = {}  # what was left, when
 
     def left(self, key: str) -> float:
         """How many tokens a key has now."""
@@ -307,9 +304,9 @@ class Limiter:
 # Two engines behind one face: `fetch` reads, `transaction` gives a fetch that also writes, and
 # `tell` reaches other processes. It does not know what is kept.
 
-FIRST_EDITION = "SELECT floor FROM rooms LIMIT 1"  # works only there
+FIRST_EDITION = "SELECT floor FROM rooms LIMIT 1"
 Fetch = abc.Callable[..., abc.Awaitable[Rows]]
-Note = abc.Sequence[Any]  # what processes tell each other
+Note = abc.Sequence[Any]
 
 
 @contextmanager
@@ -326,11 +323,11 @@ def reported(db: Database) -> abc.Iterator[None]:
         raise ChatError(503, reason, retry_after=2) from None
 
 
-async def refuse_first_edition(db: Database, fetch: Fetch) -> None:
+async def check_edition(db: Database, fetch: Fetch) -> None:
     """Ends the program if the database is the first edition's."""
     with suppress(*db.failures):
         await fetch(FIRST_EDITION)
-        raise SystemExit("chatserver: database_url: of the first edition; it is left as it is")
+        raise SystemExit("chatserver: database_url: of the first edition, left as it is")
 
 
 class SQLite:
@@ -361,7 +358,7 @@ class SQLite:
             guard = await self.connect(suffix="-lock")
             await guard.execute_fetchall("BEGIN EXCLUSIVE")
             self.writer = await self.connect("synchronous=FULL", "secure_delete=ON")
-            await refuse_first_edition(self, partial(self.run, self.writer))
+            await check_edition(self, partial(self.run, self.writer))
             await self.run(self.writer, "PRAGMA journal_mode=WAL")
             await self.writer.executescript(schema)
             self.inode = os.stat(self.path).st_ino
@@ -392,7 +389,7 @@ class SQLite:
 
     @asynccontextmanager
     async def transaction(self) -> abc.AsyncIterator[Fetch]:
-        """Commits at the end what was written meanwhile, or nothing."""
+        """Commits what was written, or nothing."""
         run = partial(self.run, self.writer)
         with reported(self):
             if os.stat(self.path).st_ino != self.inode:
@@ -412,8 +409,10 @@ class Postgres:
     """A database that processes share."""
 
     failing = False
-    kept = r"(?:^|&)((?:host|port|user|password|ssl\w+)=[^&]*)"  # of an address's parameters
+    kept = r"(?:^|&)((?:host|ssl\w+)=[^&]*)"
     notify = "SELECT pg_notify('chatserver', $1)"
+    unsafe = """SELECT name FROM pg_settings WHERE setting = 'off'
+        AND name IN ('fsync', 'synchronous_commit', 'full_page_writes')"""
 
     def __init__(self, url: str) -> None:
         import asyncpg
@@ -435,14 +434,13 @@ class Postgres:
         try:
             self.pool = await self.asyncpg.create_pool(min_size=0, max_size=5, **self.options)
             async with self.pool.acquire() as connection:
-                await refuse_first_edition(self, connection.fetch)
+                await check_edition(self, connection.fetch)
                 async with connection.transaction():
                     await connection.execute("SELECT pg_advisory_xact_lock(7304241)")
                     if not await connection.fetchval("SELECT to_regclass('events')"):
                         await connection.execute(schema)
-                for name in ("fsync", "synchronous_commit", "full_page_writes"):
-                    if await connection.fetchval("SELECT current_setting($1)", name) == "off":
-                        LOGGER.critical("%s is off in Postgres: messages can be lost", name)
+                for row in await connection.fetch(self.unsafe):
+                    LOGGER.critical("%s is off in Postgres: messages can be lost", row["name"])
         except (*self.failures, ValueError) as error:
             reason = f"{type(error).__name__}: {error}".replace("\n", " ")
             raise SystemExit(f"chatserver: database_url: {reason}") from None
@@ -460,7 +458,7 @@ class Postgres:
 
     @asynccontextmanager
     async def transaction(self) -> abc.AsyncIterator[Fetch]:
-        """Commits at the end what was written meanwhile, or nothing."""
+        """Commits what was written, or nothing."""
         with reported(self):
             async with self.pool.acquire(timeout=5) as connection, connection.transaction():
                 yield connection.fetch
@@ -576,12 +574,14 @@ ADD_EVENTS = """INSERT INTO events (room_id, seq, kind, username, created_at, ta
 GET_MESSAGE = """SELECT username, json FROM events
   WHERE room_id = $1 AND seq = $2 AND folded IS NOT NULL"""
 SET_MESSAGE = "UPDATE events SET json = $3, folded = $4 WHERE room_id = $1 AND seq = $2"
-FIND_REMAINS = """SELECT room_id, seq FROM (SELECT r.room_id,
-  (SELECT min(e.seq) FROM events e WHERE e.room_id = r.room_id) AS seq
-  FROM rooms r WHERE r.kind = 'deleted') AS remains WHERE seq IS NOT NULL LIMIT 1"""
-DROP_EVENTS = "DELETE FROM events WHERE room_id = $1 AND seq < $2"
+DROP_EVENTS = "DELETE FROM events WHERE room_id = $1 AND seq <= $2"
+DROP_REMAINS = """DELETE FROM events
+  WHERE room_id IN (SELECT room_id FROM rooms WHERE kind = 'deleted')"""
 LIST_EVENTS = f"{EVENT} WHERE e.room_id = $1 AND e.seq > $2 ORDER BY e.seq LIMIT $3"
-HISTORY = f"{EVENT} WHERE e.kind = 'message' AND e.room_id = $1 AND e.seq > $2 AND e.seq < $3"
+HISTORY = f"""{EVENT} WHERE e.kind = 'message' AND e.room_id = $1 AND e.seq > $2 AND e.seq < $3
+  AND EXISTS (SELECT 1 FROM rooms r JOIN users u ON u.username = $5 AND u.version = $6
+  LEFT JOIN members m ON m.room_id = r.room_id AND m.username = u.username
+  WHERE r.room_id = $1 AND r.kind <> 'deleted' AND u.password IS NOT NULL AND {READABLE})"""
 NEWEST = f"{HISTORY} ORDER BY e.seq DESC LIMIT $4"
 OLDEST = f"{HISTORY} ORDER BY e.seq LIMIT $4"
 SEARCH = f"""{EVENT} JOIN rooms r ON r.room_id = e.room_id AND r.kind <> 'deleted'
@@ -642,7 +642,7 @@ Outcome = Stored | ChatError
 
 
 class Post(NamedTuple):
-    """A message on its way into the log; `answer` takes its outcome."""
+    """A message on its way; `answer` takes its outcome."""
 
     login: Login
     seat: dict[str, Any]  # room_id, username and client_id
@@ -671,7 +671,7 @@ def rank_of(role: str | None, kind: str | None, least: str = "visitor") -> int:
     if rank < RANKS["visitor"]:
         raise ChatError(403, "this room is not open to you")
     if rank < RANKS[least]:
-        raise ChatError(403, f"that takes the role of {least} or above in this room")
+        raise ChatError(403, f"that takes the role of {least} in this room")
     return rank
 
 
@@ -694,7 +694,7 @@ class Change:
         self.notes: list[Note] = []  # for every process, once this is on disk
 
     async def learn(self, asked: Rows) -> None:
-        """Reads what is known of the seats that are asked for."""
+        """Reads what is known of the seats asked for."""
         self.rows = [dict(row) for row in await self.fetch(GET_SEATS, document(asked))]
         self.seats = {(row["room_id"], row["username"]): row for row in self.rows}
         self.heads = {row["room_id"]: row["seq"] for row in self.rows}
@@ -733,7 +733,7 @@ def check_role(change: Change, room_id: str, me: str, member: str, role: str | N
     old = RANKS[seat["role"] or "visitor"]
     new = RANKS[role or "visitor"]
     if seat["kind"] == "direct":
-        raise ChatError(403, "a direct room always has the same two members")
+        raise ChatError(403, "a direct room keeps its two members")
     if me == member:
         allowed = RANKS["visitor"] <= new <= max(mine, RANKS["member"])
     elif mine == RANKS["moderator"]:
@@ -760,7 +760,7 @@ def post_one(change: Change, post: Post, before: str | None) -> Stored:
     if before:
         event = json.loads(before)
         if "edited_at" not in event and event.get("message", post.message) != post.message:
-            raise ChatError(409, "this client_id was sent before with another text")
+            raise ChatError(409, "this client_id was sent with another text")
         return Stored(before, retry=True)
     if rank == RANKS["visitor"]:
         seat["role"] = "member"
@@ -783,7 +783,7 @@ async def post_all(change: Change, posts: abc.Sequence[Post]) -> list[Outcome]:
                 sent[key] = stored.json
         except ChatError as error:
             outcomes.append(error)
-    # Who has joined becomes a member; who has posted has read what is before.
+    # Who has joined becomes a member; who has posted has read all before.
     newest = {(event["room_id"], event["username"]): event["seq"] for event in change.events}
     marks = [{"room_id": key[0], "username": key[1], "seq": seq} for key, seq in newest.items()]
     if marks:
@@ -802,7 +802,7 @@ PING = 25  # seconds from one ping to the next
 SILENCE = 40  # seconds after which a silent peer is dropped
 STALL = 15  # seconds after which who reads nothing is cut off
 LOGIN_WAIT = 10  # seconds that a socket may take to log in
-PEER_SILENCE = 5  # seconds after which another process is taken as gone
+PEER_SILENCE = 5  # seconds after which a process is gone
 UNSENT = 2**18  # bytes that may wait in a socket
 PAGE_EVENTS = 500  # events that are read at once
 PAGE_BYTES = 2**16  # bytes after which a page is cut
@@ -864,7 +864,7 @@ class Socket:
 
     def write(self, data: bytes) -> None:
         """Writes frames, but none after the close frame."""
-        if not self.closed:
+        if not self.closed and not self.transport.is_closing():
             self.written += len(data)
             self.transport.write(data)
 
@@ -915,15 +915,15 @@ class Room:
 
 
 class Hub:
-    """The rooms and sockets of this process, and who is online in any."""
+    """The rooms and sockets of this process, and who is online."""
 
     def __init__(self, db: Database) -> None:
         self.db = db
         self.rooms: dict[str, Room] = {}
         self.sockets: set[Socket] = set()
         self.users: defaultdict[str, set[Socket]] = defaultdict(set)
-        self.online: defaultdict[str, dict[str, set[str]]] = defaultdict(dict)  # and where
-        self.peers: dict[str, float] = {}  # when each other process was heard
+        self.online: defaultdict[str, dict[str, set[str]]] = defaultdict(dict)
+        self.peers: dict[str, float] = {}  # when each was heard
 
     def enter(self, socket: Socket, me: Login, room_id: str) -> None:
         """Makes a socket known, so that whatever ends it finds it."""
@@ -980,7 +980,7 @@ class Hub:
                     room.readers[cursor] = asyncio.create_task(self.read_on(room, cursor))
 
     async def read_on(self, room: Room, cursor: int) -> None:
-        """Hands on what follows a cursor until nobody stands there."""
+        """Hands on what follows a cursor while somebody stands there."""
         pause = 0.005
         try:
             while behind := [s for s in room.sockets if s.cursor == cursor and not s.closed]:
@@ -998,7 +998,7 @@ class Hub:
         self.notice(room.room_id, room.head)
 
     def whisper(self, item: Row) -> None:
-        """Sends to all but its user what is never stored, if few are here."""
+        """Tells others what is never stored, if few are here."""
         room = self.rooms.get(item["room_id"])
         if room and len(self.online.get(room.room_id, ())) <= QUIET_ABOVE:
             frame = to_frame(encode(item).encode())
@@ -1023,7 +1023,7 @@ class Hub:
             self.db.tell("presence", room_id, username, online)
 
     def forget_peers(self, silence: float) -> None:
-        """Takes processes as gone that have not been heard."""
+        """Takes silent processes as gone."""
         now = monotonic()
         for process in [peer for peer, heard in self.peers.items() if now - heard > silence]:
             del self.peers[process]
@@ -1066,7 +1066,7 @@ class Hub:
 BATCH = 250  # messages in one transaction
 QUEUE = 10_000  # messages that wait for one
 POLL = 2  # seconds between looks into the database
-HASHES = 32  # passwords that are being hashed or wait for it
+HASHES = 32  # passwords hashed or waiting
 MISTAKE = "the server made a mistake, which is logged"
 
 
@@ -1092,6 +1092,7 @@ class Chat:
         engine = Postgres if config.database_url.startswith("postgres") else SQLite
         self.db: Database = engine(config.database_url)
         self.hub = Hub(self.db)
+        self.decoded = lru_cache(10_000)(self.decode)
         self.epoch = ""
         self.stopping = False
         self.writing = asyncio.Lock()
@@ -1113,7 +1114,7 @@ class Chat:
             async with self.db.transaction() as fetch:
                 await fetch(ADD_EPOCH, secrets.token_hex(8))
                 self.epoch = (await fetch(GET_EPOCH))[0]["value"]
-            await self.drop_remains()
+                await fetch(DROP_REMAINS)
             yield
         finally:
             await self.db.close()
@@ -1170,12 +1171,6 @@ class Chat:
         for note in change.notes:
             self.hub.hear(HERE, note)
 
-    async def drop_remains(self) -> None:
-        """Erases what is left of deleted rooms, in steps."""
-        while remains := await self.db.fetch(FIND_REMAINS):
-            async with self.change([]) as change:
-                await change.fetch(DROP_EVENTS, remains[0]["room_id"], remains[0]["seq"] + 2000)
-
     async def write_batch(self) -> None:
         """Stores together what came while the last batch was stored."""
         posts = [await self.queue.get()]
@@ -1203,21 +1198,21 @@ class Chat:
             limiter.forget()
 
     async def poll(self) -> None:
-        """Looks into the database itself, in case a note was lost."""
+        """Looks into the database, should a note be lost."""
         for row in await self.db.fetch(GET_SEATS, document(seats(self.hub.rooms, None))):
             kind = "head" if row["kind"] else "room ended"
             self.hub.hear(HERE, (kind, row["room_id"], row["seq"]))
         for row in await self.db.fetch(GET_SEATS, document(seats([None], *self.hub.users))):
             self.hub.hear(HERE, ("log-ins ended", row["username"], row["version"]))
 
-    async def hash(self, password: str, salt: bytes, parameters: str = "") -> str:
+    async def hash(self, password: str, salt: bytes, parameters: str) -> str:
         """Hashes a password on one of two threads."""
         if self.hashing >= HASHES:
             raise ChatError(503, "too many log-ins at once", retry_after=2)
         self.hashing += 1
         try:
             async with self.hashers:
-                return await asyncio.to_thread(hash_password, password, salt, parameters or SCRYPT)
+                return await asyncio.to_thread(hash_password, password, salt, parameters)
         finally:
             self.hashing -= 1
 
@@ -1226,7 +1221,7 @@ class Chat:
         least = self.config.password_min_length
         if not least <= len(password.encode()) <= 1024:
             raise ChatError(400, f"a password should have {least} to 1024 bytes")
-        return await self.hash(password, secrets.token_bytes(16))
+        return await self.hash(password, secrets.token_bytes(16), SCRYPT)
 
     async def verify(self, account: str, data: Fields, refusal: ChatError) -> Row:
         """Who has this account and password; or refuses, in equal time."""
@@ -1249,15 +1244,22 @@ class Chat:
         token = jwt.encode(claims, self.key, self.config.algorithm)
         return {"access_token": token, "token_type": "bearer", "expires_in": seconds}
 
-    def read_token(self, token: object) -> Login:
-        """Whom a token names that is ours; it may be void."""
+    def decode(self, token: str) -> Login:
+        """Whom a token of ours names, also one that has ended."""
         options: Any = {"require": ["exp", "iat", "sub"], "verify_iat": False}  # clocks go back
         try:
-            claims = jwt.decode(str(token), self.key, [self.config.algorithm], options)
+            claims = jwt.decode(token, self.key, [self.config.algorithm], options)
             username = Fields({"username": claims["sub"]}).text("username")
-            return Login(username, claims["ver"], claims["exp"])
+            return Login(username, claims["ver"], int(claims["exp"]))
         except (jwt.InvalidTokenError, ChatError, LookupError, ValueError, RecursionError) as error:
             raise ChatError(401, f"log in again: {error}") from None
+
+    def read_token(self, token: object) -> Login:
+        """Whom a token names that is ours and not expired; it may be void."""
+        login = self.decoded(str(token))
+        if login.expires < time.time():
+            raise ChatError(401, "log in again: the token has expired")
+        return login
 
     async def visit(self, me: Login, room_id: str | None = None) -> Row:
         """The caller's seat; refuses ended log-ins and closed rooms."""
@@ -1326,7 +1328,7 @@ async def log_in(chat: Chat, _: None, data: Fields) -> Any:
     """Logs in by OAuth2's password grant (RFC 6749 4.3)."""
     if data.text("grant_type", "password") != "password":
         raise ChatError(400, "grant_type should be password", "unsupported_grant_type")
-    account = Fields({"account": data.raw.get("username")}).text("account").strip().lower()
+    account = data.text("username", any_text=True).strip()
     refusal = ChatError(400, "wrong name or password", "invalid_grant")
     return chat.make_token(await chat.verify(account, data, refusal))
 
@@ -1409,7 +1411,7 @@ async def create_room(chat: Chat, me: Login, data: Fields) -> Any:
         slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "room"
         room_id = room_id or f"{slug}-{secrets.token_hex(4)}"
     if room_id.startswith(DIRECT) and len(roles) < 2:
-        raise ChatError(400, "only a direct room, of two users, has such an id")
+        raise ChatError(400, "this is for direct rooms, of two users")
     others = [name for name in roles if name != me.username]
     async with chat.change(seats([room_id], me.username, *others), me) as change:
         added = await change.fetch(ADD_ROOM, room_id, name, kind)
@@ -1430,7 +1432,9 @@ async def delete_room(chat: Chat, me: Login, data: Fields) -> None:
         await change.fetch(CLOSE_ROOM, room_id)
         await change.fetch(DROP_MEMBERS, room_id)
         change.notes.append(("room ended", room_id))
-    await chat.drop_remains()
+    for seq in range(2000, change.heads[room_id] + 2000, 2000):  # others come in between
+        async with chat.change([]) as step:
+            await step.fetch(DROP_EVENTS, room_id, seq)
 
 
 async def set_member(chat: Chat, me: Login, data: Fields, *, leave: bool = False) -> Any:
@@ -1459,10 +1463,12 @@ async def list_messages(chat: Chat, me: Login, data: Fields) -> Any:
     """A page of history, oldest first; by default the newest."""
     room_id = data.text("room_id")
     bounds = (data.number("after", 0), data.number("before", LARGEST), data.limit())
-    await chat.visit(me, room_id)
-    if "after" in data.raw and "before" not in data.raw:
-        return show_all(await chat.db.fetch(OLDEST, room_id, *bounds))
-    return show_all(reversed(await chat.db.fetch(NEWEST, room_id, *bounds)))
+    newest = "after" not in data.raw or "before" in data.raw
+    sql = NEWEST if newest else OLDEST
+    rows = await chat.db.fetch(sql, room_id, *bounds, me.username, me.version)
+    if not rows:  # there is nothing, or this refuses
+        await chat.visit(me, room_id)
+    return show_all(reversed(rows) if newest else rows)
 
 
 async def search(chat: Chat, me: Login, data: Fields) -> Any:
@@ -1533,7 +1539,7 @@ delete_message = partial(edit_message, erase=True)
 
 
 async def mark_read(chat: Chat, me: Login, data: Fields) -> None:
-    """Moves the caller's read marker forward, to the head at most."""
+    """Moves the caller's read marker forward."""
     room_id = data.text("room_id")
     chat.frames.take(me.username)
     seat = await chat.visit(me, room_id)
@@ -1558,7 +1564,8 @@ def answer(data: Any = None, status: int = 200) -> web.Response:
     if data is None:
         return web.Response(status=204)
     text = data if isinstance(data, str) else encode(data)  # text is JSON already
-    return web.json_response(text=text, status=status)
+    headers = {"Cache-Control": "no-store"}
+    return web.json_response(text=text, status=status, headers=headers)
 
 
 def address_of(request: web.Request) -> str:
@@ -1617,7 +1624,7 @@ async def over_http(operation: Operation, request: web.Request) -> web.StreamRes
 
 async def show_file(path: Path, _: web.Request) -> web.StreamResponse:
     """Handles a request for a file."""
-    return web.FileResponse(path)
+    return web.FileResponse(path, headers={"Cache-Control": "no-cache"})
 
 
 # ----------------------------- WebSocket
@@ -1639,6 +1646,7 @@ async def may_enter(chat: Chat, data: Fields, token: str) -> Login:
 async def enter(chat: Chat, socket: Socket, me: Login, data: Fields) -> None:
     """Joins if need be and says hello; the hub does the rest."""
     room_id = data.text("room_id")
+    data.number("after", 0)  # a bad one is refused first
     chat.check_capacity(me)
     # It is known before its seat is read: what ends its log-in or room before shows there, what
     # ends them later finds the socket.
@@ -1663,7 +1671,7 @@ async def enter(chat: Chat, socket: Socket, me: Login, data: Fields) -> None:
 
 
 async def obey_first(chat: Chat, socket: Socket, frame: WSMessage, data: Fields) -> None:
-    """Logs in by the frame {"type": "auth", "token"}, as browsers must."""
+    """Logs in by the first frame, as browsers must."""
     fields: Row = {}
     with suppress(ChatError):
         fields = parse_object(frame.data) if frame.type == WSMsgType.TEXT else {}
@@ -1695,7 +1703,7 @@ def count_frame(chat: Chat, socket: Socket) -> None:
     try:
         chat.frames.take(socket.username or "")
     except ChatError:
-        socket.close(4429, "flooding", linger=0.1)  # or it keeps others waiting
+        socket.close(4429, "flooding", linger=0.1)
 
 
 async def obey_text(chat: Chat, socket: Socket, me: Login, frame: str, room_id: str) -> None:
@@ -1747,11 +1755,12 @@ async def connect(request: web.Request) -> web.StreamResponse:
     chat.check_capacity()
     if "Authorization" in request.headers:
         me = await may_enter(chat, data, bearer(request))
-    ws = web.WebSocketResponse(timeout=2, autoping=False, compress=False, max_msg_size=BODY + 1)
+    options: Any = {"autoclose": False, "autoping": False, "compress": False}
+    ws = web.WebSocketResponse(max_msg_size=BODY + 1, **options)
     await ws.prepare(request)
     if request.transport is None:
         return ws
-    # Small kernel buffers make a stalled reader show soon.
+    # With small kernel buffers a stalled reader shows soon.
     kernel = request.transport.get_extra_info("socket")
     kernel.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 2**16)
     socket = Socket(request.transport)
@@ -1770,13 +1779,17 @@ async def connect(request: web.Request) -> web.StreamResponse:
         LOGGER.exception("a socket failed")
         socket.close(1013, MISTAKE)
     finally:
+        if not ws.closed:
+            socket.close(1000, "")
         chat.hub.leave(socket)
+        socket.transport.close()  # nothing follows a close frame
         asyncio.get_running_loop().call_later(2, socket.cut)
     return ws
 
 
 # --------------------------- application
-# What stands around every handler, the routes, and how the program starts and stops.
+# What stands around every handler, the routes, and how the program starts and stops. It knows no
+# rooms.
 
 OPERATIONS: dict[str, dict[str, Operation]] = {
     "/auth/register": {"POST": register},
@@ -1798,7 +1811,7 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
 }
 PAGES = {"/": "index.html", "/docs": "docs.html", "/redoc": "docs.html"}
 PAGES["/openapi.json"] = "openapi.json"
-HEADERS = {"Server": "chatserver", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
+HEADERS = {"Server": "chatserver", "Referrer-Policy": "no-referrer"}
 HEADERS["X-Content-Type-Options"] = "nosniff"
 HEADERS["Content-Security-Policy"] = (
     "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'"
@@ -1813,7 +1826,7 @@ def refuse(request: web.Request, error: ChatError) -> web.Response:
     """A refusal as JSON, with the headers that belong to it."""
     body = dict(error.body)
     if request.path.endswith("/auth/token"):
-        body["error_description"] = body["detail"]  # so RFC 6749 5.2 wants it
+        body["error_description"] = body["detail"]  # RFC 6749 5.2
         if body["error"] == "bad_request":
             body["error"] = "invalid_request"
     response = answer(body, error.status)
@@ -1826,7 +1839,7 @@ def refuse(request: web.Request, error: ChatError) -> web.Response:
 
 @web.middleware
 async def answer_errors(request: web.Request, handler: typedefs.Handler) -> web.StreamResponse:
-    """Turns whatever is raised into JSON; answers CORS preflights."""
+    """Turns what is raised into JSON; answers CORS preflights."""
     try:
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             return answer()
@@ -1839,14 +1852,14 @@ async def answer_errors(request: web.Request, handler: typedefs.Handler) -> web.
             response.headers["Allow"] = error.headers["Allow"]
         return response
     except ConnectionError:
-        raise  # nobody is there to be answered
+        raise  # nobody is there
     except Exception:
         LOGGER.exception("%s %s failed", request.method, request.path)
         return refuse(request, ChatError(500, MISTAKE))
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Adds the headers of every answer, and CORS for allowed origins."""
+    """Adds headers, and CORS for allowed origins."""
     response.headers.update(HEADERS)
     if request.path.endswith(("/docs", "/redoc")):
         response.headers["Content-Security-Policy"] += DOCS_CSP
@@ -1868,12 +1881,9 @@ def create_app(config: Config | None = None) -> web.Application:
     for path, operations in OPERATIONS.items():
         for method, operation in operations.items():
             app.add_routes([web.route(method, path, partial(over_http, operation))])
-    folders = {"web": FOLDER / "web", "docs_assets": Path(chat.config.docs_assets)}
-    for path, name in PAGES.items():
-        app.router.add_get(path, partial(show_file, folders["web"] / name))
-    for prefix, folder in folders.items():
-        for file in folder.glob("*"):
-            app.router.add_get(f"/{prefix}/{file.name}", partial(show_file, file))
+    files = {f"/web/{file.name}": file.name for file in (FOLDER / "web").glob("*.*")}
+    for path, name in (PAGES | files).items():
+        app.router.add_get(path, partial(show_file, FOLDER / "web" / name))
     return app
 
 
@@ -1893,7 +1903,7 @@ def serve(config: Config, listener: sockets.socket, ready: abc.Callable[[], None
 def supervise(config: Config, listener: sockets.socket, ready: abc.Callable[[], None]) -> None:
     """Runs several processes; when one ends, all end."""
     fork = multiprocessing.get_context("fork")
-    says = [ready] + [lambda: None] * (config.workers - 1)  # only one says so
+    says = [ready] + [lambda: None] * (config.workers - 1)
     workers = [fork.Process(target=serve, args=(config, listener, say)) for say in says]
     for worker in workers:
         worker.start()
@@ -1933,10 +1943,8 @@ async def set_password(config: Config, username: str) -> None:
 
 def parse_arguments() -> dict[str, Any]:
     """Reads the command line."""
-    about = __doc__.partition("\n")[0]
-    parser = argparse.ArgumentParser("chatserver", description=about, allow_abbrev=False)
-    asked = "set-password NAME: asks twice for a new password"
-    parser.add_argument("command", nargs="*", metavar="COMMAND", help=asked)
+    parser = argparse.ArgumentParser("chatserver", allow_abbrev=False)
+    parser.add_argument("command", nargs="*", help="set-password NAME asks for a new one")
     for name, one in SETTINGS.items():
         shown = "none" if one.default == "" else one.default
         meaning = f"{one.metadata['meaning']} (default: {shown})"
@@ -1951,7 +1959,7 @@ def prepare_process() -> None:
     """Sets up permissions, logs and descriptors."""
     os.umask(0o077)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for noisy in ("aiohttp.server", "aiohttp.websocket"):  # they log tracebacks
+    for noisy in ("aiohttp.server", "aiohttp.websocket"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     # It logs a traceback a second for each who waits while no descriptor is left.
     logging.getLogger("asyncio").addFilter(lambda line: "system resource" not in line.msg)
@@ -1965,11 +1973,10 @@ def prepare_process() -> None:
 def main() -> None:
     """Runs the server, or sets a password."""
     arguments = parse_arguments()
-    command = arguments.pop("command")
     config = load_config(arguments)
     prepare_process()
-    if command:
-        asyncio.run(set_password(config, command[1]))
+    if arguments["command"]:
+        asyncio.run(set_password(config, arguments["command"][1]))
         return
     family = sockets.AF_INET6 if ":" in config.host else sockets.AF_INET
     try:

@@ -37,7 +37,7 @@ CREATE INDEX IF NOT EXISTS members_by_user ON members (username, room_id);
 CREATE TABLE IF NOT EXISTS events (         -- the log, the history and the queue
     room_id TEXT NOT NULL,
     seq BIGINT NOT NULL,                    -- 1, 2, 3 ... in each room, without a gap
-    kind TEXT NOT NULL,                     -- message, edit, delete, member or room
+    kind TEXT NOT NULL,                     -- message, edit, delete or member
     username TEXT NOT NULL,                 -- who did it
     created_at BIGINT NOT NULL,
     target BIGINT,                          -- edit, delete: the number of the message
