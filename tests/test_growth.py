@@ -37,17 +37,13 @@ def fill(engine: str, url: str, room: str, count: int) -> None:
     new = {"seq": "n.i", "json": "replace(e.json, '\"seq\":2,', '\"seq\":' || n.i || ',')"}
     names = columns(engine, url)
     values = ", ".join(new.get(name, f"e.{name}") for name in names)
-    statements = [
-        f"""INSERT INTO events ({", ".join(names)}) {SERIES[engine].format(count=count)}
-        SELECT {values} FROM events e CROSS JOIN n WHERE e.room_id = '{room}' AND e.seq = 2""",  # noqa: S608
-        f"UPDATE rooms SET seq = {count} WHERE room_id = '{room}'",  # noqa: S608
-    ]
+    sql = f"""INSERT INTO events ({", ".join(names)}) {SERIES[engine].format(count=count)}
+        SELECT {values} FROM events e CROSS JOIN n WHERE e.room_id = '{room}' AND e.seq = 2"""  # noqa: S608
     if engine == "postgres":
-        postgres.run_apart(postgres.execute(url, *statements))
+        postgres.run_apart(postgres.execute(url, sql))
         return
     with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection, connection:
-        for statement in statements:
-            connection.execute(statement)
+        connection.execute(sql)
 
 
 @pytest.fixture(scope="module")
