@@ -263,28 +263,22 @@ async def test_3_a_cursor_that_cannot_be_served_is_reset(
     assert not fine.heard(type="reset")
 
 
-async def test_3_without_a_cursor_only_what_is_new_comes(chat: Server) -> None:
-    """Without `after` nothing old is sent, and nothing new is missed."""
-    (alice,) = await chat.talk("alice")
-    await alice.say_all(f"message {number}" for number in range(5))
-    late = await alice.user.enter(alice.room)
-    await late.say("new")
-    assert [event["seq"] for event in late.events] == [7]
-
-
-async def test_3_an_epoch_lasts_as_long_as_its_database(start: Start) -> None:
-    """After a restart, and in every process, the epoch is the same; elsewhere it is another."""
+async def test_3_4_a_restart_changes_nothing(start: Start) -> None:
+    """After a restart the epoch is the same, and client ids are known; elsewhere it is another."""
     chat = await start()
     (alice,) = await chat.talk("alice")
-    await alice.say("before")
+    seq = (await alice.say("once", client_id="c1"))["seq"]
     epoch = alice.hello["epoch"]
     await alice.leave()
     await chat.stop()
     chat = await start(chat)
     again = await alice.user.at(chat).enter(alice.room, after=1, epoch=epoch)
-    await again.hears("before")
-    other = await start()
-    (stranger,) = await other.talk("stranger")
+    await again.hears("once")
+    await again.send(message="once", client_id="c1")
+    assert (await again.hears(type="ack"))["seq"] == seq
+    await again.ask("conflict", message="twice", client_id="c1")
+    await again.say("next", client_id="c2")
+    (stranger,) = await (await start()).talk("stranger")
     assert stranger.hello["epoch"] != epoch
 
 
@@ -304,23 +298,6 @@ async def test_6_what_no_note_told_is_found_by_looking(
     await chat.change(f"UPDATE rooms SET kind = 'deleted' WHERE room_id = '{room_id}'")  # noqa: S608
     assert await alice.is_closed() == 4404
     await other.say("still here")
-
-
-# --- 4: retry for ever
-
-
-async def test_4_a_retry_is_known_after_a_restart(start: Start) -> None:
-    """A client id is remembered by the database, not by the process."""
-    chat = await start()
-    (alice,) = await chat.talk("alice")
-    seq = (await alice.say("once", client_id="c1"))["seq"]
-    await alice.leave()
-    await chat.stop()
-    again = await alice.user.at(await start(chat)).enter(alice.room)
-    await again.send(message="once", client_id="c1")
-    assert (await again.hears(type="ack"))["seq"] == seq
-    await again.ask("conflict", message="twice", client_id="c1")
-    await again.say("next", client_id="c2")
 
 
 # --- 5: nobody waits for a slow reader
@@ -429,6 +406,7 @@ SHUTS: dict[str, tuple[set[int], Shut]] = {
         lambda _, bob, __: bob.delete("/users/me", {"password": PASSWORD}),
     ),
     "a removal": ({4403}, lambda alice, bob, room: alice.delete(f"{room.path}/members/{bob.name}")),
+    "a leave": ({4403}, lambda _, bob, room: bob.delete(f"{room.path}/members/{bob.name}")),
     "a ban": (
         {4403},
         lambda alice, bob, room: alice.put(f"{room.path}/members/{bob.name}", {"role": "banned"}),
