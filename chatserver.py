@@ -426,7 +426,7 @@ class Postgres:
         dsn = f"postgresql://{place}?{'&'.join(re.findall(self.kept, query))}"
         limits = {"lock_timeout": "3s", "statement_timeout": "10s"}
         limits["idle_in_transaction_session_timeout"] = "800ms"  # so long who freezes blocks
-        self.options = {"dsn": dsn, "timeout": 5, "server_settings": limits}
+        self.options = {"dsn": dsn, "timeout": 5, "command_timeout": 15, "server_settings": limits}
 
     async def open(self, schema: str) -> None:
         """Makes the tables, or ends the program."""
