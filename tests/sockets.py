@@ -73,7 +73,8 @@ class Socket:
         """Return the next frame, of whatever type; events come in order, without a gap."""
         message = await self.ws.receive(timeout=PATIENCE)
         if message.type is not WSMsgType.TEXT:
-            self.code = self.ws.close_code or 1006
+            closed = message.type is WSMsgType.CLOSE
+            self.code = message.data if closed else self.ws.close_code or 1006
             self.reason = str(message.extra or "")
             raise ConnectionResetError(self.code, self.reason)
         frame: Event = json.loads(message.data)
