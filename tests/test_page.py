@@ -100,6 +100,8 @@ def cheap_passwords() -> Iterator[None]:
 async def house(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
     """Run a server for the tests of the page that need none of their own."""
     async with site(tmp_path_factory.mktemp("page")) as url:
+        async with aiohttp.ClientSession() as session:
+            await enrol(session, At(url), "owner")  # of the Lobby, as the first one
         yield url
 
 
@@ -186,7 +188,7 @@ async def number(tab: Tab, text: str) -> str:
 async def press_button(tab: Tab, scope: str, words: str) -> None:
     """Press the button in a part of the page that says so."""
     find = f"""[...document.querySelectorAll({json.dumps(scope + " button")})]
-        .find((el) => el.textContent === {json.dumps(words)} && el.checkVisibility())"""
+        .find((el) => el.textContent.trim() === {json.dumps(words)} && el.checkVisibility())"""
     await tab.wait(f"((el) => el && (el.click(), true))({find})")
 
 
@@ -674,6 +676,22 @@ async def test_a_draft_stays_in_its_room(
     await tab.equals(COMPOSER, "a draft there")
 
 
+async def test_what_is_typed_outlives_the_message_that_was_edited(
+    house: str, browser: Browser, session: aiohttp.ClientSession
+) -> None:
+    """When a moderator deletes a message while its author edits it, the text becomes a draft."""
+    alice, bob = await enrol(session, At(house), "alice", "bob")
+    room = await bob.room(alice)
+    event = await alice.say(room, "Teh message")
+    tab = await enter(browser, alice, room)
+    await tab.press("ArrowUp")
+    await tab.fill("#text", "The message, and more")
+    await bob.ask("DELETE", f"/rooms/{room}/messages/{event['seq']}")
+    await tab.equals(TEXTS, ["Message deleted"])
+    await tab.wait("!document.querySelector('#editing').checkVisibility()")
+    assert await tab.js(COMPOSER) == "The message, and more"
+
+
 async def test_an_edit_that_was_made_offline_waits_as_well(
     house: str, rain: Rain, browser: Browser, session: aiohttp.ClientSession
 ) -> None:
@@ -848,6 +866,25 @@ async def test_the_end_of_a_session_takes_nothing_away(
     await tab.wait("!document.querySelector('.waiting')")
     await bob.say(room, "and on")
     await tab.equals(TEXTS, ["hello", "in the middle of a sentence", "the next", "and on"])
+
+
+async def test_a_log_in_that_has_ended_meanwhile_leads_to_the_door(
+    house: str, browser: Browser, session: aiohttp.ClientSession
+) -> None:
+    """Who comes back too late finds their name at the door, and behind it the room."""
+    (alice,) = await enrol(session, At(house), "alice")
+    room = await alice.room(name="Gardening")
+    tab = await find_door(browser, alice, room)
+    await alice.ask("POST", "/auth/logout")
+    browser.forgiven = GONE
+    await tab.call("Page.reload")
+    await tab.equals(text_of("#door .error"), "Your log-in has ended. Log in again to go on.")
+    assert await tab.js("document.querySelector('#username').value") == alice.name
+    await tab.equals(FOCUS, "password")
+    await tab.type(PASSWORD)
+    await tab.press("Enter")
+    await online(tab)
+    await tab.equals(text_of("#title"), "Gardening")
 
 
 async def test_two_tabs_agree_on_what_is_read_and_on_the_end(
@@ -1260,6 +1297,7 @@ async def test_the_composer_grows_and_nothing_else_scrolls(
     """The composer has no scrollbar until it is a third of the page; lists have no bullets."""
     (alice,) = await enrol(session, At(house), "alice")
     room = await alice.room()
+    await alice.say(room, "a message")
     tab = await enter(browser, alice, room)
     heights = []
     for _ in range(3):

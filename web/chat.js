@@ -5,7 +5,7 @@
 // HTTP, one after another: so it arrives in order, and is lost neither by a bad network nor with
 // the page. What happens in the open room comes over a WebSocket, the line, which does little but
 // listen. Every event has a number, and after a loss the line resumes behind the last one that was
-// seen. Where there is no line, the same events are read over HTTP every few seconds.
+// seen. Where there is no line, the newest messages are read over HTTP every few seconds.
 
 // --- Tools
 
@@ -45,10 +45,6 @@ function put(element, words) {
 
 function notice(words) {
   $("notice").replaceChildren(makeWords("p", words));
-}
-
-function plural(count, one, many = `${one}s`) {
-  return `${count} ${count === 1 ? one : many}`;
 }
 
 // What somebody asked for may fail; then they are told why.
@@ -210,6 +206,7 @@ function noteReachable(now) {
 
 // There is reason to think that the network is there again.
 function comeBack() {
+  lineRefusals = 0;
   sendSoon();
   if (here && !line?.opened) connect();
   checkLine();
@@ -378,8 +375,8 @@ function showChat() {
   loadMarks();
   paintRooms();
   quietly(loadRooms()).then(() => {
-    if (!location.hash.slice(1)) goHome();
-    else route();
+    if (location.hash.slice(1)) route();
+    else goHome();
   });
 }
 
@@ -532,8 +529,8 @@ function showOutbox() {
 }
 
 // --- Line
-// The WebSocket of the open room: { socket, ready, heard, timer, asked, resumed }. There is none
-// between the loss of one and the next attempt.
+// The WebSocket of the open room: { socket, opened, ready, heard, timer, asked, before }. It is
+// ready once the server has said hello. Between the loss of one and the next attempt there is none.
 
 let lineTries = 0;
 let lineRefusals = 0; // attempts in a row that did not even open
@@ -701,9 +698,8 @@ function takeNews(page) {
 
 function statusNow() {
   const waiting = inOrder().filter((entry) => !entry.reason).length;
-  const wait = waiting
-    ? `, ${plural(waiting, "message waits", "messages wait")}`
-    : "";
+  const verb = waiting === 1 ? "message waits" : "messages wait";
+  const wait = waiting ? `, ${waiting} ${verb}` : "";
   if (!session.token) return ["lost", `Logged out${wait}`];
   if (!reachable) {
     const why = navigator.onLine ? "Server out of reach" : "Offline";
@@ -717,7 +713,7 @@ function statusNow() {
       `No live connection here, looking every ${NEWS / 1000} s`,
     ];
   if (here && here.lost !== null)
-    return ["lost", `Connection lost, trying again…`];
+    return ["lost", "Connection lost, trying again…"];
   return ["connecting", "Connecting…"];
 }
 
@@ -744,7 +740,7 @@ function enterRoom(room_id, goal) {
     lost: null,
     hurried: 0,
   };
-  const people = { online: new Set(), typing: new Map(), seen: new Map() };
+  const people = { online: new Set(), typing: new Map() }; // until when they type
   here = { room_id, ...known, ...people };
   lineTries = lineRefusals = 0;
   sayResumed = "";
@@ -790,7 +786,7 @@ function closeRoom(why) {
   $("about").close();
   if (recall(own("room")) === room_id) keep(own("room"), null);
   notice(why);
-  quietly(loadRooms()).then(goHome);
+  quietly(loadRooms()).then(() => here || goHome());
 }
 
 function receive(frame) {
@@ -973,10 +969,11 @@ function add(message) {
 }
 
 function change(seq, how) {
+  if (how.deleted) how = { ...how, message: undefined };
   view.changes.set(seq, { ...view.changes.get(seq), ...how });
   const element = find(seq);
   if (element) draw(element, { ...element.data, ...how });
-  if (how.deleted && draft.edit?.seq === seq) stopEditing();
+  if (how.deleted && draft.edit?.seq === seq) keepEditedText();
 }
 
 // What waits in the outbox stands at the end of the log, an edit where its message is.
@@ -1256,6 +1253,12 @@ function stopEditing() {
   showDraft();
 }
 
+// What was being edited is gone, but not what was typed.
+function keepEditedText() {
+  draft.text = [draft.edit.text, draft.text].filter(Boolean).join("\n");
+  stopEditing();
+}
+
 function throwAway(client_id) {
   takeFromOutbox(client_id);
   if (draft.edit?.client_id === client_id) stopEditing();
@@ -1519,6 +1522,7 @@ function route() {
 
 // One lands where one was, at first in the Lobby.
 function goHome() {
+  if (!session) return;
   const last = recall(own("room"));
   const open = rooms.filter((room) => !shut.has(room.room_id));
   const find = (room_id) => open.find((room) => room.room_id === room_id);
