@@ -1,7 +1,6 @@
 """Nothing grows with a room's age: a million events cost what a thousand cost."""
 
 import asyncio
-import json
 import sqlite3
 import statistics
 import time
@@ -148,12 +147,12 @@ async def test_a_long_resume_streams(alice: User) -> None:
 
 async def test_searches_for_what_is_rare_hold_nobody_up(alice: User) -> None:
     """While a million messages are searched again and again, a page comes as quickly as ever."""
-    searching = asyncio.gather(*(alice.ask("GET", "/search?q=nowhere") for _ in range(6)))
+    searching = asyncio.gather(*(alice.ask("GET", "/search?q=nowhere") for _ in range(12)))
     times = []
     while not searching.done():
         began = time.perf_counter()
         await page(alice, "small")
         times.append(time.perf_counter() - began)
         await asyncio.sleep(0.01)
-    assert await searching == [[]] * 6
-    assert statistics.median(times) < 0.15, json.dumps(times)
+    assert await searching == [[]] * 12
+    assert max(times) < 0.5, times

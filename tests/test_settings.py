@@ -304,7 +304,6 @@ BAD = {
     "proxies": ("-1", "10.0.0.0/8"),
     "secret_key": ("short", "x" * 31),
     "database_url": ("mysql://x/y", "chat.db", "sqlite:/x"),
-    "docs_assets": ("no/such/folder",),
 }
 
 
@@ -357,7 +356,6 @@ NO_POSTGRES = "postgresql://me:hunter2@127.0.0.1:1/x"
 IMPOSSIBLE: list[tuple[str, Case]] = [
     ("secret_key", Case(["--port=0"], {"database_url": NO_POSTGRES})),
     ("database_url", on(NO_POSTGRES)),
-    ("database_url", on(NO_POSTGRES, "--workers=3")),
     ("workers", on("", "--workers=2")),
     ("no.such.host.invalid", on("", "--host", "no.such.host.invalid")),
     ("database_url", on("sqlite:///none/chat.db")),
@@ -373,6 +371,13 @@ def test_a_start_that_cannot_be_is_told_on_one_line(tmp_path: Path) -> None:
     words, cases = zip(*IMPOSSIBLE, strict=True)
     for outcome in all_refused(tmp_path, cases, [(word,) for word in words]):
         assert "hunter2" not in outcome.err
+
+
+def test_workers_that_cannot_start_say_so_in_a_line_each(tmp_path: Path) -> None:
+    """All end when the database is away, and at most a line of each says that."""
+    case = on(NO_POSTGRES, "--workers=3")
+    (outcome,) = all_refused(tmp_path, [case], [("database_url",)], lines=4)
+    assert "hunter2" not in outcome.err
 
 
 FIRST_EDITION = (
