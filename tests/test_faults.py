@@ -374,7 +374,7 @@ async def test_a_postgres_that_hangs_holds_up_neither_clients_nor_the_end(
     ):
         wire.stalled = True
         await chat.send(message="into the void", client_id="void")
-        assert UNAVAILABLE.items() <= (await chat.hear_of("void", 25)).items()
+        assert UNAVAILABLE.items() <= (await chat.hear_of("void", 40)).items()
         wire.stalled = False
         async with asyncio.timeout(15):
             answer: Any = {"type": "error"}
