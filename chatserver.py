@@ -244,7 +244,7 @@ class Fields:
 
 
 def fold(text: str) -> str:
-    """A text without case, its letters composed in one way."""
+    """A text without case, composed in one way."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
@@ -274,7 +274,7 @@ def hash_password(password: str, salt: bytes, parameters: str) -> str:
 
 
 class Limiter:
-    """Gives each key `count` tokens in so many seconds; 0: no limit."""
+    """Gives each key `count` tokens a time; 0: no limit."""
 
     def __init__(self, what: str, count: int, seconds: int, times: int = 1) -> None:
         self.what = what
@@ -288,7 +288,7 @@ class Limiter:
         return min(self.most, tokens + (monotonic() - when) * self.rate)
 
     def take(self, key: str, tokens: int = 1) -> None:
-        """Takes a token, or gives it back (-1); refuses if none is left."""
+        """Takes a token, or gives one back (-1); or refuses."""
         left = self.left(key)
         if self.rate and left < tokens:
             wait = math.ceil((tokens - left) / self.rate)
@@ -324,7 +324,7 @@ def reported(db: Database) -> abc.Iterator[None]:
 
 
 async def check_edition(db: Database, fetch: Fetch) -> None:
-    """Ends the program if the database is the first edition's."""
+    """Ends the program if it is the first edition's."""
     with suppress(*db.failures):
         await fetch(FIRST_EDITION)
         raise SystemExit("chatserver: database_url: of the first edition, left as it is")
@@ -352,7 +352,7 @@ class SQLite:
         return connection
 
     async def open(self, schema: str) -> None:
-        """Takes the file and makes its tables, or ends the program."""
+        """Takes the file, or ends the program."""
         try:
             os.close(os.open(self.path, os.O_CREAT, 0o600))
             guard = await self.connect(suffix="-lock")
@@ -411,8 +411,8 @@ class Postgres:
     failing = False
     kept = r"(?:^|&)((?:host|ssl\w+)=[^&]*)"
     notify = "SELECT pg_notify('chatserver', $1)"
-    unsafe = """SELECT name FROM pg_settings WHERE setting = 'off'
-        AND name IN ('fsync', 'synchronous_commit', 'full_page_writes')"""
+    unsafe = """SELECT name FROM pg_settings WHERE (name = 'server_encoding' AND setting <> 'UTF8')
+        OR (name IN ('fsync', 'synchronous_commit', 'full_page_writes') AND setting = 'off')"""
 
     def __init__(self, url: str) -> None:
         import asyncpg
@@ -425,7 +425,7 @@ class Postgres:
         place, _, query = url.partition("://")[2].partition("?")
         dsn = f"postgresql://{place}?{'&'.join(re.findall(self.kept, query))}"
         limits = {"lock_timeout": "3s", "statement_timeout": "10s"}
-        limits["idle_in_transaction_session_timeout"] = "800ms"  # so long who freezes blocks
+        limits["idle_in_transaction_session_timeout"] = "800ms"  # who freezes
         self.options = {"dsn": dsn, "timeout": 5, "command_timeout": 15, "server_settings": limits}
 
     async def open(self, schema: str) -> None:
@@ -440,7 +440,7 @@ class Postgres:
                     if not await connection.fetchval("SELECT to_regclass('events')"):
                         await connection.execute(schema)
                 for row in await connection.fetch(self.unsafe):
-                    LOGGER.critical("%s is off in Postgres: messages can be lost", row["name"])
+                    LOGGER.critical("Postgres can lose messages by its %s", row["name"])
         except (*self.failures, ValueError) as error:
             reason = f"{type(error).__name__}: {error}".replace("\n", " ")
             raise SystemExit(f"chatserver: database_url: {reason}") from None
@@ -464,7 +464,7 @@ class Postgres:
                 yield connection.fetch
 
     def tell(self, *note: Any) -> None:
-        """Has others told soon; who misses it finds out by looking."""
+        """Has others told soon, if that can be done."""
         with suppress(asyncio.QueueFull):
             self.notes.put_nowait(note)
 
@@ -518,8 +518,8 @@ ROOM = """SELECT r.room_id, r.name, r.kind, m.role, coalesce(m.read_seq, 0) AS r
   AND e.seq > m.read_seq AND e.folded IS NOT NULL LIMIT 100) AS news) AS unread
   FROM rooms r LEFT JOIN members m ON m.room_id = r.room_id AND m.username = $1
   WHERE r.kind <> 'deleted'"""
-GET_EPOCH = "SELECT value FROM meta WHERE name = 'epoch'"
-ADD_EPOCH = "INSERT INTO meta (name, value) VALUES ('epoch', $1) ON CONFLICT DO NOTHING"
+GET_EPOCH = """INSERT INTO meta (name, value) VALUES ('epoch', $1)
+  ON CONFLICT (name) DO UPDATE SET value = meta.value RETURNING value"""
 ADD_USER = """INSERT INTO users (username, email, password, version, created_at)
   VALUES ($1, $2, $3, 0, $4) ON CONFLICT DO NOTHING RETURNING username"""
 GET_USER = """SELECT username, email, password, version, created_at FROM users
@@ -752,7 +752,7 @@ async def check_owners(change: Change, member: str, room_ids: abc.Sequence[str])
 
 
 def post_one(change: Change, post: Post, before: str | None) -> Stored:
-    """Adds a message, and its author to the room; or finds a retry."""
+    """Adds a message, and its author to the room."""
     room_id, username, client_id = post.seat.values()
     seat = change.seats[room_id, username]
     check_version(seat["version"], post.login)
@@ -886,7 +886,7 @@ class Socket:
             self.transport.abort()
 
     def sweep(self, now: float) -> None:
-        """Ends what has expired, stalled or fallen silent; or pings."""
+        """Ends what has expired, stalled or fallen silent."""
         waiting = self.transport.get_write_buffer_size()
         if not waiting or self.written - waiting != self.taken:
             self.taken = self.written - waiting
@@ -1099,6 +1099,7 @@ class Chat:
         self.queue: asyncio.Queue[Post] = asyncio.Queue(QUEUE)
         self.hashers = asyncio.Semaphore(2)
         self.hashing = 0
+        self.searches = asyncio.Semaphore(2)  # so that there are connections for others
         self.messages = Limiter("messages", config.messages_per_second, 1, times=2)
         self.frames = Limiter("frames", 20, 1, times=5)
         self.logins = Limiter("failed log-ins", config.logins_per_minute, 60)
@@ -1112,8 +1113,7 @@ class Chat:
                 self.key = keep_secret(Path(self.db.path + ".secret"))
             await self.db.open((FOLDER / "schema.sql").read_text("utf-8"))
             async with self.db.transaction() as fetch:
-                await fetch(ADD_EPOCH, secrets.token_hex(8))
-                self.epoch = (await fetch(GET_EPOCH))[0]["value"]
+                self.epoch = (await fetch(GET_EPOCH, secrets.token_hex(8)))[0]["value"]
                 await fetch(DROP_REMAINS)
             yield
         finally:
@@ -1132,7 +1132,7 @@ class Chat:
             await asyncio.wait(tasks, timeout=0.5)
 
     async def keep(self, work: Any, wait: float) -> None:
-        """Does something again and again, also should it fail."""
+        """Does something again and again."""
         while True:
             try:
                 with suppress(ChatError):  # the database is away, which is logged
@@ -1477,7 +1477,8 @@ async def search(chat: Chat, me: Login, data: Fields) -> Any:
     room_id = data.text("room_id", "")
     limit = data.limit()
     await chat.visit(me, room_id or None)
-    return show_all(await chat.db.fetch(SEARCH, me.username, pattern, room_id, limit))
+    async with chat.searches:
+        return show_all(await chat.db.fetch(SEARCH, me.username, pattern, room_id, limit))
 
 
 def check_length(chat: Chat, data: Fields) -> str:
@@ -1987,10 +1988,9 @@ def main() -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     say = partial(print, f"chatserver listening on http://{shown}:{port}", flush=True)
-    if config.workers > 1:
-        supervise(config, listener, say)
-    else:
-        serve(config, listener, say)
+    run = supervise if config.workers > 1 else serve
+    with listener:
+        run(config, listener, say)
 
 
 if __name__ == "__main__":
