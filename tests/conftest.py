@@ -23,6 +23,7 @@ from tests.helpers import Server
 from tests.words import KEY, NO_LIMITS
 
 Client = TestClient[web.Request, web.Application]
+SCRYPT, POLL = chatserver.SCRYPT, chatserver.POLL  # what they are outside of these tests
 
 
 def pytest_configure() -> None:

@@ -10,7 +10,7 @@ import jwt
 import pytest
 
 import chatserver
-from tests.conftest import Start
+from tests.conftest import SCRYPT, Start
 from tests.helpers import Server, User
 from tests.words import KEY, PASSWORD, Event, unique
 
@@ -126,7 +126,7 @@ async def test_a_hash_costs_what_it_should_also_for_nobody(
     chat: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hash is scrypt of N=2^14, r=8, p=5, and an unknown name takes as long as a known one."""
-    monkeypatch.setattr(chatserver, "SCRYPT", "scrypt$16384$8$5")
+    monkeypatch.setattr(chatserver, "SCRYPT", SCRYPT)
     alice = await chat.user("alice")
     bob = await chat.user("bob")
     names = f"'{alice.name}', '{bob.name}'"

@@ -14,7 +14,7 @@ from tests.conftest import Start
 from tests.engines import held_commits, lonely_account, outage
 from tests.helpers import Room, Server, User
 from tests.sockets import Socket, Wire
-from tests.words import KEY, Answer, unique, until
+from tests.words import KEY, Answer, until
 
 # --- The writer never stops
 
@@ -384,24 +384,6 @@ async def test_a_lost_ear_is_made_up_for(
     assert await bobs.is_closed() == 4401
     await until(lambda: len(there.hub.online.get(alice.room.room_id, ())) == 2, "who is there")
     caplog.clear()
-
-
-async def test_what_is_left_of_a_deleted_room_is_erased_at_the_next_start(start: Start) -> None:
-    """A server that ended in the middle of erasing a room goes on with it when it starts."""
-    chat = await start()
-    (alice,) = await chat.talk("alice")
-    word = unique("word")
-    await alice.say_all(f"{word} {number}" for number in range(10))
-    await alice.leave()
-    await chat.stop()
-    room_id = alice.room.room_id
-    await chat.change(f"UPDATE rooms SET kind = 'deleted' WHERE room_id = '{room_id}'")  # noqa: S608
-    chat = await start(chat)
-    (await alice.user.at(chat).get(alice.room.path)).refused(404, "not_found")
-    sql = f"SELECT seq FROM events WHERE room_id = '{room_id}'"  # noqa: S608
-    async with asyncio.timeout(5):
-        while await chat.rows(sql):
-            await asyncio.sleep(0.02)
 
 
 # --- The end of a server

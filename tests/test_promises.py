@@ -19,7 +19,7 @@ from aiohttp import WSMsgType
 
 import chatserver
 from tests import postgres
-from tests.conftest import Start
+from tests.conftest import POLL, Start
 from tests.engines import full_disk, held_commits, writer
 from tests.helpers import Room, Server, User
 from tests.sockets import Socket, Wire
@@ -286,6 +286,7 @@ async def test_6_what_no_note_told_is_found_by_looking(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Should every note be lost, a process finds ends of rooms and of log-ins by itself."""
+    assert POLL == 2
     monkeypatch.setattr(chatserver, "POLL", 0.1)
     chat = await start()
     if not chat.shared:
