@@ -1,15 +1,16 @@
 """The files in deploy/: proxies with sockets through them, the unit, the image and the rest."""
 
 import asyncio
-import configparser
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,49 @@ from chatserver import Config
 from tests.conftest import missing
 from tests.people import At, enrol
 from tests.postgres import free_port
-from tests.processes import PATIENCE, ROOT, SETTINGS, Process, running, until
+from tests.processes import ROOT, SETTINGS, Process, running, until
 
 DEPLOY = ROOT / "deploy"
-UNIT = (DEPLOY / "chatserver.service").read_text("utf-8")
-DOCKERFILE = (DEPLOY / "Dockerfile").read_text("utf-8").replace("\\\n", " ")
+Program = asyncio.subprocess.Process
 UPSTREAM = "127.0.0.1:8000"  # where the snippets expect the server
-SITE = "chat.example.com"
 
 
-def tool(name: str) -> str:
-    """Return the path of a program that a test needs, or skip the test."""
-    path = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin")
-    if path is None:
-        missing(f"no {name}")
-    return str(path)
+def read(name: str) -> str:
+    """Return the text of a file in deploy/."""
+    return (DEPLOY / name).read_text("utf-8")
+
+
+def tool(*names: str) -> str:
+    """Return the path of a program that a test needs, by one of its names, or skip the test."""
+    places = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    found = [path for name in names if (path := shutil.which(name, path=places))]
+    if not found:
+        missing(f"no {names[0]}")
+    return found[0]
+
+
+@asynccontextmanager
+async def started(
+    *command: str, folder: Path, errors: Any = None, **variables: Any
+) -> AsyncIterator[Program]:
+    """Run a program in a folder for as long as the block lasts, and all that it starts."""
+    pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
+    place: Any = {"cwd": folder, "env": {**os.environ, **variables}, "start_new_session": True}
+    name, *arguments = command
+    program = await asyncio.create_subprocess_exec(name, *arguments, **pipes, **place)
+    try:
+        yield program
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGTERM)
+        await program.communicate()
+
+
+async def run(*command: str, folder: Path, **variables: Any) -> tuple[int | None, str]:
+    """Run a program to its end; return its exit code and what it prints and complains about."""
+    async with started(*command, folder=folder, errors=subprocess.STDOUT, **variables) as program:
+        out, _ = await program.communicate()
+    return program.returncode, out.decode().strip()
 
 
 # --- Proxies
@@ -43,27 +72,23 @@ def tool(name: str) -> str:
 
 def nginx(folder: Path, port: int, upstream: str) -> list[str]:
     """Write the configuration of an nginx that includes our snippet; return its command."""
-    site = (DEPLOY / "nginx.conf").read_text("utf-8").replace(UPSTREAM, upstream)
-    site = re.sub(r"listen \[::\]:80;\s*", "", site)
+    site = read("nginx.conf").replace(UPSTREAM, upstream).replace("listen [::]:80;", "")
     site = site.replace("listen 80;", f"listen 127.0.0.1:{port};")
     bodies = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     paths = "".join(f"{name}_temp_path {folder}/{name};\n" for name in bodies)
     user = "user root;\n" if os.geteuid() == 0 else ""
     start = f"daemon off;\n{user}pid {folder}/nginx.pid;\nerror_log stderr;\nevents {{}}\n"
-    config = folder / "nginx.conf"
-    config.write_text(f"{start}http {{\naccess_log off;\n{paths}{site}}}\n", "utf-8")
-    return [tool("nginx"), "-e", "stderr", "-p", str(folder), "-c", str(config)]
+    (folder / "nginx.conf").write_text(f"{start}http {{\naccess_log off;\n{paths}{site}}}\n")
+    return [tool("nginx"), "-e", "stderr", "-p", f"{folder}", "-c", f"{folder}/nginx.conf"]
 
 
 def caddy(folder: Path, port: int, upstream: str) -> list[str]:
     """Write our Caddyfile for a site without HTTPS; return the command that runs Caddy."""
-    site = (DEPLOY / "Caddyfile").read_text("utf-8").replace(UPSTREAM, upstream)
-    site = site.replace(f"{SITE} {{", f"http://127.0.0.1:{port} {{")
-    assert str(port) in site
-    config = folder / "Caddyfile"
+    site = read("Caddyfile").replace(UPSTREAM, upstream)
+    site = site.replace("chat.example.com {", f"http://127.0.0.1:{port} {{")
     options = "{\nadmin off\nauto_https off\ndefault_bind 127.0.0.1\n}\n"
-    config.write_text(options + site, "utf-8")
-    return [tool("caddy"), "run", "--config", str(config), "--adapter", "caddyfile"]
+    (folder / "Caddyfile").write_text(options + site)
+    return [tool("caddy"), "run", "--config", f"{folder}/Caddyfile", "--adapter", "caddyfile"]
 
 
 @pytest.fixture(params=[nginx, caddy], ids=["nginx", "caddy"])
@@ -71,28 +96,21 @@ async def behind(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> AsyncIterator[tuple[Process, str]]:
     """Run a server behind a proxy, both as deploy/ says; give it and the proxy's address."""
-    snippets = [(DEPLOY / name).read_text("utf-8") for name in ("nginx.conf", "Caddyfile")]
-    (proxies,) = {number for text in snippets for number in re.findall(r"PROXIES=(\d)", text)}
+    (proxies,) = set(re.findall(r"PROXIES=(\d)", read("nginx.conf") + read("Caddyfile")))
     settings: dict[str, Any] = {"proxies": proxies, "logins_per_minute": 2}
     async with running(tmp_path, f"sqlite:///{tmp_path}/chat.db", **settings) as [process]:
-        port, log = free_port(), tmp_path / "proxy.log"
+        port = free_port()
         command = request.param(tmp_path, port, process.url.removeprefix("http://"))
         home = {"HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
-        with log.open("wb") as out:
-            proxy = subprocess.Popen(command, env=os.environ | home, stdout=out, stderr=out)  # noqa: S603
 
         def listens() -> bool:
-            """Try to connect to the proxy, which should not end."""
-            assert proxy.poll() is None, log.read_text()
+            """Try to connect to the proxy."""
             with socket.socket() as probe:
                 return probe.connect_ex(("127.0.0.1", port)) == 0
 
-        try:
-            await until(listens, "the proxy")
+        async with started(*command, folder=tmp_path, **home):
+            await until(listens, f"{command}")
             yield process, f"http://127.0.0.1:{port}"
-        finally:
-            proxy.terminate()
-            await asyncio.to_thread(proxy.wait, PATIENCE)
 
 
 @pytest.mark.slow
@@ -117,17 +135,15 @@ async def test_people_chat_through_a_proxy(behind: tuple[Process, str]) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8")
 async def test_the_server_knows_people_apart_behind_a_proxy(behind: tuple[Process, str]) -> None:
     """Limits count for the address of the client, whatever that client claims in a header."""
-    form = {"username": "nobody", "password": "wrong"}
 
     async def fail(address: str, claim: str) -> int:
         """Fail to log in from an address while claiming to be another."""
+        form = {"username": "nobody", "password": "wrong"}
         connector = aiohttp.TCPConnector(local_addr=(address, 0))
-        headers = {"X-Forwarded-For": claim}
-        async with (
-            aiohttp.ClientSession(behind[1], connector=connector) as session,
-            session.post("/auth/token", data=form, headers=headers) as answer,
-        ):
-            return answer.status
+        async with aiohttp.ClientSession(
+            behind[1], connector=connector, headers={"X-Forwarded-For": claim}
+        ) as session:
+            return (await session.post("/auth/token", data=form)).status
 
     tries = [await fail("127.0.0.2", f"203.0.113.{number}") for number in range(4)]
     assert tries == [400, 400, 429, 429]
@@ -138,36 +154,40 @@ async def test_the_server_knows_people_apart_behind_a_proxy(behind: tuple[Proces
 
 
 @pytest.mark.slow
-def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+async def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     """`systemd-analyze verify` has nothing to say about the unit, once its Python is there."""
     python = "/opt/chatserver/.venv/bin/python"
-    assert python in UNIT
+    assert python in read("chatserver.service")
     unit = tmp_path / "chatserver.service"
-    unit.write_text(UNIT.replace(python, str(Path(sys.executable).resolve())), "utf-8")
+    unit.write_text(read(unit.name).replace(python, str(Path(sys.executable).resolve())))
     command = [tool("systemd-analyze"), "verify", "--man=no", str(unit)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    assert await run(*command, folder=tmp_path) == (0, "")
 
 
 def test_the_unit_leaves_room_for_sockets_and_starts_all_again() -> None:
     """It has descriptors for every socket, waits for a shutdown, and starts after a failure."""
-    # The unit may name a key twice, which ConfigParser only takes when it is not strict.
-    unit = configparser.ConfigParser(interpolation=None, strict=False)
-    unit.read_string(UNIT)
-    service = unit["Service"]
-    assert int(service["LimitNOFILE"]) > Config().sockets
-    assert int(service["TimeoutStopSec"]) > 5
-    assert service["WorkingDirectory"] == f"%S/{service['StateDirectory']}"
-    assert (service["ProtectSystem"], service["DynamicUser"]) == ("strict", "yes")
-    assert service["Restart"] == "on-failure"
+    unit = dict(re.findall(r"^(\w+)=(.*)$", read("chatserver.service"), re.MULTILINE))
+    assert int(unit["LimitNOFILE"]) > Config().sockets
+    assert int(unit["TimeoutStopSec"]) > 5
+    assert unit["WorkingDirectory"] == f"%S/{unit['StateDirectory']}"
+    assert (unit["ProtectSystem"], unit["DynamicUser"]) == ("strict", "yes")
+    assert unit["Restart"] == "on-failure"
 
 
 # --- The image
 
 
+def copy_program(folder: Path) -> None:
+    """Copy what the server runs from."""
+    for name in ("chatserver.py", "schema.sql", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "web", folder / "web")
+
+
 def instructions(name: str) -> list[str]:
     """Return what follows each instruction of this name in the Dockerfile."""
-    return re.findall(rf"^{name}\s+(.+)$", DOCKERFILE, re.MULTILINE)
+    text = read("Dockerfile").replace("\\\n", " ")
+    return re.findall(rf"^{name}\s+(.+)$", text, re.MULTILINE)
 
 
 def test_the_image_does_not_run_as_root_and_is_built_of_what_it_needs() -> None:
@@ -175,8 +195,7 @@ def test_the_image_does_not_run_as_root_and_is_built_of_what_it_needs() -> None:
     assert len(instructions("FROM")) == 2
     assert (instructions("USER"), instructions("VOLUME")) == (["chat"], ["/data"])
     assert json.loads(instructions("CMD")[-1]) == ["python", "/app/chatserver.py"]
-    ignore = (DEPLOY / "Dockerfile.dockerignore").read_text("utf-8").splitlines()
-    seen = {line.removeprefix("!") for line in ignore if line.startswith("!")}
+    seen = set(re.findall("^!(.+)$", read("Dockerfile.dockerignore"), re.MULTILINE))
     copied = {name for line in instructions("COPY") for name in line.split()[:-1]}
     assert seen == copied - {"--from=packages", "/venv"}
 
@@ -184,40 +203,33 @@ def test_the_image_does_not_run_as_root_and_is_built_of_what_it_needs() -> None:
 @pytest.mark.slow
 async def test_the_image_has_all_that_the_server_needs(tmp_path: Path) -> None:
     """Of its files alone the server runs; its health check and the copy of its database work."""
-    (data := tmp_path / "data").mkdir()
-    (app := tmp_path / "app").mkdir()
-    for name in ("chatserver.py", "schema.sql"):
-        shutil.copy(ROOT / name, app)
-    shutil.copytree(ROOT / "web", app / "web")
+    for folder in ((data := tmp_path / "data"), (app := tmp_path / "app")):
+        folder.mkdir()
+    copy_program(app)
     assert instructions("COPY")[-2:] == ["chatserver.py schema.sql /app/", "web /app/web"]
     variables = dict(re.findall(r"\b([A-Z_]+)=(\S+)", instructions("ENV")[0]))
     assert variables["DATABASE_URL"] == "sqlite:////data/chat.db"
-    database, port = f"sqlite:///{data}/chat.db", free_port()
-    settings: dict[str, Any] = {"database_url": database, "host": variables["HOST"], "port": port}
-    process = Process(data, program=app / "chatserver.py", **settings)
-    (check,) = instructions("HEALTHCHECK")
-    health = json.loads(check[check.index("[") :])[1:]
-    notes = (DEPLOY / "README.md").read_text("utf-8")
-    (copy,) = re.findall(r'docker exec chat python -c "(.*)"\n', notes)
+    settings = {"database_url": f"sqlite:///{data}/chat.db", "host": variables["HOST"]}
+    port = str(free_port())
+    process = Process(data, program=app / "chatserver.py", port=port, **settings)
+    health = json.loads(instructions("HEALTHCHECK")[0].partition(" CMD ")[2])[1:]
+    (copy,) = re.findall(r'docker exec chat python -c "(.*)"\n', read("README.md"))
+    copy = copy.replace('\\"', '"').replace("/data", str(data))
 
-    async def run(*arguments: str) -> int:
+    async def succeeds(*arguments: str) -> bool:
         """Run Python as Docker does."""
-        environment = {**os.environ, "PORT": str(port)}
-        program = await asyncio.create_subprocess_exec(
-            sys.executable, *arguments, env=environment, stderr=subprocess.DEVNULL
-        )
-        return await program.wait()
+        return (await run(sys.executable, *arguments, folder=tmp_path, PORT=port))[0] == 0
 
     try:
         await process.ready()
         async with aiohttp.ClientSession(process.url, raise_for_status=True) as session:
             for path in ("/", "/docs", "/web/docs.js", "/openapi.json"):
                 (await session.get(path)).release()
-        assert await run(*health) == 0
-        assert await run("-c", copy.replace('\\"', '"').replace("/data", str(data))) == 0
+        assert await succeeds(*health)
+        assert await succeeds("-c", copy)
         assert (data / "backup.db").stat().st_size > 0
         assert await process.end() == 0
-        assert await run(*health) != 0
+        assert not await succeeds(*health)
     finally:
         process.kill()
 
@@ -227,7 +239,7 @@ async def test_the_image_has_all_that_the_server_needs(tmp_path: Path) -> None:
 
 def test_compose_starts_the_server_once_postgres_is_ready() -> None:
     """The server waits for a healthy Postgres whose data outlive it, and is started again."""
-    composed = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
+    composed = yaml.safe_load(read("compose.yaml"))
     chat, postgres = composed["services"]["chat"], composed["services"]["postgres"]
     context = (DEPLOY / chat["build"]["context"]).resolve()
     assert context == ROOT
@@ -245,18 +257,13 @@ def test_compose_starts_the_server_once_postgres_is_ready() -> None:
 @pytest.mark.slow
 async def test_the_procfile_starts_the_server_on_the_port_it_is_given(tmp_path: Path) -> None:
     """Given a PORT, the Procfile's command listens on every address, as hosts expect."""
-    assert (DEPLOY / "Procfile").read_text("utf-8") == "web: python chatserver.py\n"
-    port = free_port()
-    process = Process(tmp_path, port=port, database_url=f"sqlite:///{tmp_path}/chat.db")
-    try:
-        assert (await process.ready()).url == f"http://0.0.0.0:{port}"
-        assert await process.end() == 0
-    finally:
-        process.kill()
+    assert read("Procfile") == "web: python chatserver.py\n"
+    port, database = free_port(), f"sqlite:///{tmp_path}/chat.db"
+    async with running(tmp_path, database, host="", port=port) as [process]:
+        assert process.url == f"http://0.0.0.0:{port}"
 
 
 def test_the_notes_name_settings_that_exist() -> None:
     """Every variable that the notes set is one of the server's, or of Docker's own."""
-    notes = (DEPLOY / "README.md").read_text("utf-8")
-    for name in re.findall(r"\b([A-Z][A-Z_]+)=", notes):
+    for name in re.findall(r"\b([A-Z][A-Z_]+)=", read("README.md")):
         assert name.lower() in SETTINGS or name == "POSTGRES_PASSWORD", name

@@ -1,30 +1,22 @@
 """Every transcript, client, snippet and line of the README is run as it stands there."""
 
 import asyncio
-import json
 import os
 import re
-import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
 
-from chatserver import Config
 from tests import postgres
-from tests.conftest import Databases, Start, missing
+from tests.conftest import Databases, Start
 from tests.people import enrol
-from tests.processes import NO_LIMITS, ROOT, Process, running
+from tests.processes import ROOT, SETTINGS, running
+from tests.test_deploy import Program, copy_program, run, started, tool
+from tests.test_openapi import GUIDE
 
 README = (ROOT / "README.md").read_text("utf-8")
-GUIDE = json.loads((ROOT / "web" / "openapi.json").read_text("utf-8"))["info"]["description"]
 HERE = "http://127.0.0.1:8000"
 WELCOME = f"chatserver listening on {HERE}"
 
@@ -46,44 +38,16 @@ def shown_after(text: str) -> str:
 
 async def shell(text: str, folder: Path, **variables: str) -> str:
     """Run a block as somebody who types it, and return what it prints."""
-    program = await asyncio.create_subprocess_exec(
-        *["bash", "-euc", text],
-        cwd=folder,
-        env={**os.environ, **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    out, err = await program.communicate()
-    assert program.returncode == 0, f"{text}: {out.decode()} {err.decode()}"
-    return out.decode()
+    code, out = await run("bash", "-euc", text, folder=folder, **variables)
+    assert code == 0, f"{text}: {out}"
+    return out
 
 
-@asynccontextmanager
-async def started(
-    *command: str, folder: Path, **variables: str
-) -> AsyncIterator[asyncio.StreamReader]:
-    """Run a program for as long as the block lasts; yield what it prints."""
-    program = await asyncio.create_subprocess_exec(
-        *command,
-        cwd=folder,
-        env={**os.environ, **variables},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
-    assert program.stdout
-    try:
-        yield program.stdout
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(program.pid, signal.SIGKILL)
-        await program.wait()
-
-
-async def prints(out: asyncio.StreamReader, count: int = 1, patience: float = 20) -> list[str]:
+async def prints(program: Program, count: int = 1, patience: float = 20) -> list[str]:
     """Return the next lines that a program prints."""
+    assert program.stdout
     async with asyncio.timeout(patience):
-        return [(await out.readline()).decode().strip() for _ in range(count)]
+        return [(await program.stdout.readline()).decode().strip() for _ in range(count)]
 
 
 def client(folder: Path, url: str) -> list[str]:
@@ -102,19 +66,17 @@ async def test_the_first_message_is_told_as_it_happens(start: Start, tmp_path: P
     for part in ("/auth/register", "/rooms/1/messages"):
         text = block("sh", part)
         printed = await shell(text.replace(HERE, url), tmp_path)
-        assert re.fullmatch(shown_after(text), printed.strip()), printed
+        assert re.fullmatch(shown_after(text), printed), printed
     async with started(*client(tmp_path, url), folder=tmp_path) as out:
         printed = "\n".join(await prints(out, 2))
         assert re.fullmatch(shown_after(block("python", "ws_connect")), printed), printed
-    node = shutil.which("node")
-    if not node:
-        missing("no node")
+    node = tool("node")
     version = int((await shell("node --version", tmp_path))[1:3])
     if version < 20:
         pytest.skip("node 18 has no WebSocket, the README wants node 22")
     flag = ["--experimental-websocket"] if version < 22 else []
     (tmp_path / "client.mjs").write_text(block("js", "WebSocket").replace(HERE, url), "utf-8")
-    async with started(str(node), *flag, "client.mjs", folder=tmp_path) as out:
+    async with started(node, *flag, "client.mjs", folder=tmp_path) as out:
         assert (await prints(out, 3))[-1] == "alice Hello from JavaScript!"
 
 
@@ -123,33 +85,28 @@ async def test_the_python_client_misses_nothing_and_says_nothing_twice(
     new_database: Databases, tmp_path: Path
 ) -> None:
     """It waits for the server, says its message once, and after a kill -9 hears what it missed."""
-    port = postgres.free_port()
-    settings: dict[str, Any] = {**NO_LIMITS, "database_url": new_database(tmp_path), "port": port}
-    settings |= {"host": "127.0.0.1", "secret_key": "0" * 32}
     alice = {"username": "alice", "email": "alice@example.com", "password": "1234"}
-    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
-        process = await Process(tmp_path, **settings).ready()
-        try:
-            (await session.post("/auth/register", json=alice)).raise_for_status()
+    database, port = new_database(tmp_path), postgres.free_port()
+    async with (
+        running(tmp_path, database, port=port) as [process],
+        aiohttp.ClientSession() as session,
+    ):
+        url = process.url
+        (await session.post(f"{url}/auth/register", json=alice)).raise_for_status()
+        process.kill()
+        async with started(*client(tmp_path, url), folder=tmp_path) as out:
+            await asyncio.sleep(1)
+            process.start()
+            assert await prints(out) == ["alice Hello again!"]
             process.kill()
-            async with started(
-                *client(tmp_path, f"http://127.0.0.1:{port}"), folder=tmp_path
-            ) as out:
-                await asyncio.sleep(1)
-                process.start()
-                assert await prints(out) == ["alice Hello again!"]
-                process.kill()
-                process.start()
-                await process.ready()
-                (bob,) = await enrol(session, process, "bob")
-                await bob.say("1", "while you were away")
-                await bob.say("1", "and now")
-                wanted = [f"{bob.name} while you were away", f"{bob.name} and now"]
-                assert await prints(out, 2) == wanted
-            said = [event["message"] for event in await bob.ask("GET", "/rooms/1/messages")]
-            assert said == ["Hello again!", "while you were away", "and now"]
-        finally:
-            process.kill()
+            process.start()
+            (bob,) = await enrol(session, await process.ready(), "bob")
+            await bob.say("1", "while you were away")
+            await bob.say("1", "and now")
+            wanted = [f"{bob.name} while you were away", f"{bob.name} and now"]
+            assert await prints(out, 2) == wanted
+        said = [event["message"] for event in await bob.ask("GET", "/rooms/1/messages")]
+        assert said == ["Hello again!", "while you were away", "and now"]
 
 
 # --- Setting up, embedding, upkeep
@@ -158,9 +115,7 @@ async def test_the_python_client_misses_nothing_and_says_nothing_twice(
 @pytest.mark.slow
 async def test_one_line_sets_up_and_runs_the_server(tmp_path: Path) -> None:
     """In a fresh clone the first line makes the environment, installs, and runs the server."""
-    for name in ("chatserver.py", "schema.sql", "requirements.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "web", tmp_path / "web")
+    copy_program(tmp_path)
     line = block("sh", "chatserver.py\n")
     assert shown_after(line) == re.escape(WELCOME)
     variables = {"PORT": "0", "HOST": "127.0.0.1"}
@@ -195,9 +150,8 @@ async def test_a_backup_is_made_and_put_in_place(
     """The lines copy the database of a running server and put it back; clients get a reset."""
     number = 0 if engine == "sqlite" else 1
     backup, restore = (block("sh", part).splitlines()[number] for part in ("VACUUM", "UPDATE"))
-    for tool in ["sqlite3"] if engine == "sqlite" else []:
-        if not shutil.which(tool):
-            missing(f"no {tool}")
+    if engine == "sqlite":
+        tool("sqlite3")
     url = new_database(tmp_path)
     variables = {"DATABASE_URL": url, "PATH": f"{postgres.binaries()}:{os.environ['PATH']}"}
     async with aiohttp.ClientSession() as session:
@@ -224,17 +178,13 @@ async def test_a_backup_is_made_and_put_in_place(
 
 def test_what_it_names_exists() -> None:
     """Settings, files and sections that the README names are there; what it lacks is not."""
-    names = {field.name for field in fields(Config)}
-    for name in re.findall(r"\b([A-Z][A-Z_]+)=", README):
-        assert name.lower() in names or name in ("TOKEN", "TEST_DATABASE_URL"), name
-    for name in re.findall(r"--([a-z-]+)", block("sh", "--workers")):
-        assert name in names
+    named = re.findall(r"\b([A-Z][A-Z_]+)=", README) + re.findall(r" --(port|workers)\b", README)
+    assert {name.lower() for name in named} <= {*SETTINGS, "token"}
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
-    headings = {
-        re.sub(r"\W+", "-", each.lower()) for each in re.findall("^## (.*)$", README, re.MULTILINE)
-    }
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+    headings = re.findall("^## (.*)$", README.lower(), re.MULTILINE)
+    anchors = {re.sub(r"\W+", "-", heading) for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
 
 
 def test_the_protocol_is_that_of_the_document() -> None:
@@ -252,7 +202,7 @@ def test_the_protocol_is_that_of_the_document() -> None:
 
 def test_the_file_is_as_long_and_laid_out_as_it_says() -> None:
     """Under 2,000 lines, in the sections that the README, itself short, names in that order."""
-    assert len(README.encode()) <= 12_461
+    assert len(README.encode()) <= 12_440
     program = (ROOT / "chatserver.py").read_text("utf-8")
     assert program.count("\n") < 2000
     sections = re.findall(r"^# -+ (\w+)$", program, re.MULTILINE)

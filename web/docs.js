@@ -1,6 +1,5 @@
 // The pages of the API: /docs shows openapi.json in Swagger UI, /redoc in ReDoc. Their files come
-// from docs_assets/ if the server has that folder, else from a CDN, held to their hashes. When
-// neither has them, the page itself lists the operations.
+// from a CDN and are held to their hashes. Without them, the page itself lists the operations.
 
 "use strict";
 
@@ -20,28 +19,24 @@ const REDOC_JS = {
   folder: "redoc@2.5.4/bundles",
   hash: "w447zOpYfw/1Tv/5AK9NfHTlQIqE3RVR6KY62jCyy9zNDgO64cMwGGP1Fj0zJVf5",
 };
-const PATIENCE = 5000; // milliseconds until the list is shown, should a host never answer
+const PATIENCE = 5000; // milliseconds until the list is shown, should the CDN never answer
 
 const root = document.documentElement;
 const main = document.querySelector("main");
 
 // --- Swagger UI and ReDoc
 
-function insert(url, more) {
-  const style = url.endsWith(".css");
+function load({ name, folder, hash }) {
+  const url = `${CDN}/${folder}/${name}`;
+  const style = name.endsWith(".css");
   const element = document.createElement(style ? "link" : "script");
   const place = style ? { rel: "stylesheet", href: url } : { src: url };
+  const pinned = { crossOrigin: "anonymous", integrity: `sha384-${hash}` };
   return new Promise((resolve, reject) => {
-    Object.assign(element, more, place, { onload: resolve, onerror: reject });
+    const events = { onload: resolve, onerror: reject };
+    Object.assign(element, pinned, place, events);
     document.head.append(element);
   });
-}
-
-function load({ name, folder, hash }) {
-  const pinned = { crossOrigin: "anonymous", integrity: `sha384-${hash}` };
-  return insert(`docs_assets/${name}`).catch(() =>
-    insert(`${CDN}/${folder}/${name}`, pinned),
-  );
 }
 
 function emptyPage() {
