@@ -4,13 +4,9 @@ import asyncio
 import json
 import os
 import re
-import shutil
-import signal
 import socket
-import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +15,18 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from chatserver import Config
-from tests.conftest import missing
+from tests.commands import copy_program, run, started, tool
 from tests.people import At, enrol
 from tests.postgres import free_port
 from tests.processes import ROOT, SETTINGS, Process, running, until
 
 DEPLOY = ROOT / "deploy"
-Program = asyncio.subprocess.Process
 UPSTREAM = "127.0.0.1:8000"  # where the snippets expect the server
 
 
 def read(name: str) -> str:
     """Return the text of a file in deploy/."""
     return (DEPLOY / name).read_text("utf-8")
-
-
-def tool(*names: str) -> str:
-    """Return the path of a program that a test needs, by one of its names, or skip the test."""
-    places = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    found = [path for name in names if (path := shutil.which(name, path=places))]
-    if not found:
-        missing(f"no {names[0]}")
-    return found[0]
-
-
-@asynccontextmanager
-async def started(
-    *command: str, folder: Path, errors: Any = None, **variables: Any
-) -> AsyncIterator[Program]:
-    """Run a program in a folder for as long as the block lasts, and all that it starts."""
-    pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
-    place: Any = {"cwd": folder, "env": {**os.environ, **variables}, "start_new_session": True}
-    name, *arguments = command
-    program = await asyncio.create_subprocess_exec(name, *arguments, **pipes, **place)
-    try:
-        yield program
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(program.pid, signal.SIGTERM)
-        await program.communicate()
-
-
-async def run(*command: str, folder: Path, **variables: Any) -> tuple[int | None, str]:
-    """Run a program to its end; return its exit code and what it prints and complains about."""
-    async with started(*command, folder=folder, errors=subprocess.STDOUT, **variables) as program:
-        out, _ = await program.communicate()
-    return program.returncode, out.decode().strip()
 
 
 # --- Proxies
@@ -175,13 +137,6 @@ def test_the_unit_leaves_room_for_sockets_and_starts_all_again() -> None:
 
 
 # --- The image
-
-
-def copy_program(folder: Path) -> None:
-    """Copy what the server runs from."""
-    for name in ("chatserver.py", "schema.sql", "requirements.txt"):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "web", folder / "web")
 
 
 def instructions(name: str) -> list[str]:

@@ -7,7 +7,6 @@ import subprocess
 import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
@@ -15,10 +14,10 @@ from aiohttp import web
 
 from chatserver import Config, create_app
 from tests.browser import Browser, Chromium, Tab
+from tests.commands import tool
 from tests.conftest import missing
-from tests.processes import KEY, NO_LIMITS, ROOT, serving
-from tests.test_deploy import tool
-from tests.test_openapi import OPERATIONS
+from tests.document import OPERATIONS
+from tests.processes import KEY, ROOT, serving
 
 pytestmark = pytest.mark.slow
 SCRIPT = (ROOT / "web" / "docs.js").read_text("utf-8")
@@ -71,9 +70,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.fixture(params=["", "/chat"], ids=["alone", "under a prefix"])
 async def url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
     """Run the server, alone or as a part of a larger site; give its address."""
-    limits: dict[str, Any] = NO_LIMITS
-    database = f"sqlite:///{tmp_path}/chat.db"
-    app = create_app(Config(database_url=database, secret_key=KEY, **limits))
+    app = create_app(Config(database_url=f"sqlite:///{tmp_path}/chat.db", secret_key=KEY))
     if request.param:
         (larger := web.Application()).add_subapp(request.param, app)
         app = larger

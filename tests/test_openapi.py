@@ -3,12 +3,11 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import hypothesis
-import jsonschema  # type: ignore[import-untyped]
 import pytest
 import schemathesis
 from schemathesis.checks import not_a_server_error
@@ -17,70 +16,10 @@ from schemathesis.specs.openapi import checks
 import chatserver
 from chatserver import Config, create_app
 from tests.conftest import Databases, Start
-from tests.processes import KEY, ROOT, running
+from tests.document import COMPONENTS, DOCUMENT, FILE, GUIDE, OPERATIONS, Api, examples, validate
+from tests.processes import KEY, running
 
-FILE = ROOT / "web" / "openapi.json"
-DOCUMENT: dict[str, Any] = json.loads(FILE.read_text("utf-8"))
-COMPONENTS = DOCUMENT["components"]
-GUIDE: str = DOCUMENT["info"]["description"]
-OPERATIONS = {
-    (method.upper(), path): operation
-    for path, item in DOCUMENT["paths"].items()
-    for method, operation in item.items()
-    if method != "parameters"
-}
 SOCKET = "/websockets/chat/{room_id}"
-
-
-# --- Reading the document
-
-
-def resolve(node: dict[str, Any]) -> dict[str, Any]:
-    """Return what a node is, or what it refers to, with what it adds to that."""
-    if "$ref" not in node:
-        return node
-    place: Any = DOCUMENT
-    for name in node["$ref"].removeprefix("#/").split("/"):
-        place = place[name]
-    return {**resolve(place), **{key: value for key, value in node.items() if key != "$ref"}}
-
-
-def closed(node: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema that allows nothing but what the document names."""
-    node = {**resolve(node)}
-    if "properties" in node:
-        node["properties"] = {name: closed(each) for name, each in node["properties"].items()}
-        return node | {"unevaluatedProperties": False}
-    if "items" in node:
-        return node | {"items": closed(node["items"])}
-    return node | {"oneOf": [closed(each) for each in node["oneOf"]]} if "oneOf" in node else node
-
-
-def validate(value: object, schema: dict[str, Any], told: str) -> None:
-    """Check a value against a schema of the document."""
-    whole = {**closed(schema), "components": COMPONENTS}
-    try:
-        jsonschema.validate(value, whole, cls=jsonschema.Draft202012Validator)
-    except jsonschema.ValidationError as error:
-        pytest.fail(f"{told}: {error.message}")
-
-
-def template_of(path: str) -> str:
-    """Return the path of the document that a request's path belongs to."""
-    path = path.partition("?")[0]
-    known: list[str] = sorted(DOCUMENT["paths"])
-    return next(each for each in known if re.fullmatch(re.sub(r"{\w+}", "[^/]+", each), path))
-
-
-def examples(node: object) -> Iterator[tuple[dict[str, Any], object]]:
-    """Yield every example with its schema."""
-    if isinstance(node, dict):
-        for example in node.get("examples", []):
-            yield node, example
-        if "example" in node:
-            yield node["schema"], node["example"]
-        for each in node.values():
-            yield from examples(each)
 
 
 def test_the_document_says_everything_once_and_shows_what_is_true() -> None:
@@ -106,12 +45,8 @@ def test_the_log_in_is_a_form_that_swagger_can_fill_in() -> None:
 def test_the_document_lists_every_route_and_no_other() -> None:
     """The routes of the application and the operations of the document are the same."""
     app = create_app(Config(secret_key=KEY))
-    routes = {
-        (route.method, route.resource.canonical)
-        for route in app.router.routes()
-        if route.resource and route.method not in ("HEAD", "OPTIONS", "*")
-    }
-    files = {route for route in routes if route[1].startswith("/web/")}
+    routes = {(one.method, one.resource.canonical) for one in app.router.routes() if one.resource}
+    files = {route for route in routes if route[0] == "HEAD" or route[1].startswith("/web/")}
     myself = ("GET", "/users/me")  # which the route of every user answers
     assert routes - files | {myself} == set(OPERATIONS)
 
@@ -138,60 +73,6 @@ def test_the_guide_tells_the_limits_that_the_program_has() -> None:
 
 
 # --- Answers
-
-
-class Api:
-    """A server whose every answer is held against the document."""
-
-    def __init__(self, client: Any) -> None:
-        """Speak to this server; remember which answers came."""
-        self.client = client
-        self.tokens: dict[str, str] = {}
-        self.seen: set[tuple[str, str, str]] = set()
-        self.bodies: list[Any] = []
-
-    async def ask(
-        self, who: str, request: str, body: object = None, status: int = 0, **options: Any
-    ) -> Any:
-        """Send a request; check that the answer is documented; return its JSON."""
-        method, path = request.split(" ")
-        headers = {"Authorization": f"Bearer {self.tokens[who]}"} if who else {}
-        headers |= options.pop("headers", {})
-        options |= {"json": body} if body is not None else {}
-        async with self.client.request(method, path, headers=headers, **options) as answer:
-            text = await answer.text()
-        told = f"{who} {request} {body} -> {answer.status} {text[:300]}"
-        operation, code = (method, template_of(path)), str(answer.status)
-        assert status in (0, answer.status), told
-        assert code in OPERATIONS[operation]["responses"], f"undocumented: {told}"
-        self.seen.add((*operation, code))
-        response = resolve(OPERATIONS[operation]["responses"][code])
-        for name, header in response.get("headers", {}).items():
-            value = answer.headers[name]
-            validate(int(value) if value.isdigit() else value, resolve(header)["schema"], told)
-        if "content" not in response:
-            assert text == "", told
-            return None
-        assert answer.content_type in response["content"], told
-        if answer.content_type != "application/json":
-            return text
-        self.bodies.append(json.loads(text))
-        validate(self.bodies[-1], response["content"]["application/json"].get("schema", {}), told)
-        return self.bodies[-1]
-
-    def socket(self, who: str, query: str = "") -> Any:
-        """Open a socket to the Lobby."""
-        headers = {"Authorization": f"Bearer {self.tokens[who]}"}
-        return self.client.ws_connect(f"/websockets/chat/1{query}", headers=headers)
-
-    async def enrol(self, *names: str) -> None:
-        """Register people and log them in."""
-        for name in names:
-            user = {"username": name, "email": f"{name}@example.com", "password": "1234"}
-            await self.ask("", "POST /auth/register", user, 201)
-            form = {"username": f" {name}@EXAMPLE.com ", "password": "1234"}
-            token = await self.ask("", "POST /auth/token", status=200, data=form)
-            self.tokens[name] = token["access_token"]
 
 
 ALICE = {"username": "alice", "email": "alice@example.com", "password": "1234"}
@@ -345,13 +226,6 @@ async def refuse_too_much(api: Api) -> None:
 # --- Frames
 
 
-def described_frames() -> dict[str, set[str]]:
-    """Return the keys of each frame of the server, as the guide shows it."""
-    table = GUIDE.partition("| The server sends |")[2].partition("| Close code |")[0]
-    frames = [json.loads(text) for text in re.findall(r"^\| `(\{.*?\})` \|", table, re.MULTILINE)]
-    return {frame["type"]: set(frame) for frame in frames}
-
-
 async def test_every_frame_is_as_the_guide_shows_it(start: Start) -> None:
     """A client that was written from the guide knows each frame, and each comes."""
     came: dict[str, set[str]] = {}
@@ -383,7 +257,9 @@ async def test_every_frame_is_as_the_guide_shows_it(start: Start) -> None:
                 await hear(his, wanted)
             await his.send_json({"type": "typing"})
             await hear(hers, "typing")
-    shown = described_frames()
+    table = GUIDE.partition("| The server sends |")[2].partition("| Close code |")[0]
+    frames = [json.loads(text) for text in re.findall(r"^\| `(\{.*?\})` \|", table, re.MULTILINE)]
+    shown = {frame["type"]: set(frame) for frame in frames}
     came["error"] |= {"retry_after"}
     shown["error"] |= {"target"}
     assert came == shown

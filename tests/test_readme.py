@@ -10,11 +10,11 @@ import aiohttp
 import pytest
 
 from tests import postgres
+from tests.commands import Program, copy_program, run, started, tool
 from tests.conftest import Databases, Start
+from tests.document import GUIDE
 from tests.people import enrol
 from tests.processes import ROOT, SETTINGS, running
-from tests.test_deploy import Program, copy_program, run, started, tool
-from tests.test_openapi import GUIDE
 
 README = (ROOT / "README.md").read_text("utf-8")
 HERE = "http://127.0.0.1:8000"

@@ -1,0 +1,56 @@
+"""Programs of others that tests run, and what the server itself runs from."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import missing
+from tests.processes import ROOT
+
+Program = asyncio.subprocess.Process
+
+
+def tool(*names: str) -> str:
+    """Return the path of a program that a test needs, by one of its names, or skip the test."""
+    places = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    found = [path for name in names if (path := shutil.which(name, path=places))]
+    if not found:
+        missing(f"no {names[0]}")
+    return found[0]
+
+
+@asynccontextmanager
+async def started(
+    *command: str, folder: Path, errors: Any = None, **variables: Any
+) -> AsyncIterator[Program]:
+    """Run a program in a folder for as long as the block lasts, and all that it starts."""
+    pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
+    place: Any = {"cwd": folder, "env": {**os.environ, **variables}, "start_new_session": True}
+    name, *arguments = command
+    program = await asyncio.create_subprocess_exec(name, *arguments, **pipes, **place)
+    try:
+        yield program
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGTERM)
+        await program.communicate()
+
+
+async def run(*command: str, folder: Path, **variables: Any) -> tuple[int | None, str]:
+    """Run a program to its end; return its exit code and what it prints and complains about."""
+    async with started(*command, folder=folder, errors=subprocess.STDOUT, **variables) as program:
+        out, _ = await program.communicate()
+    return program.returncode, out.decode().strip()
+
+
+def copy_program(folder: Path) -> None:
+    """Copy what the server runs from."""
+    for name in ("chatserver.py", "schema.sql", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "web", folder / "web")
