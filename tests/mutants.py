@@ -87,7 +87,7 @@ MUTANTS = [
     Mutant("the last owner may step down", '    if before == "owner" and role',
            '    if before == "owner" and leave and role', ROOMS),
     Mutant("a direct room can be taken", "if room_id.startswith(DIRECT) and", "if False and", ROOMS),
-    Mutant("rooms are not locked between processes", "ORDER BY room_id FOR UPDATE", "ORDER BY room_id", MESSAGES),
+    Mutant("rooms are not locked between processes", "ORDER BY room_id FOR UPDATE", "ORDER BY room_id", ROOMS),
     Mutant("changes are not made one at a time", "async with self.writing, self.db", "async with self.db", MESSAGES),
     Mutant("moderators cannot delete", 'rank >= RANKS["moderator"]', 'rank > RANKS["moderator"]', MESSAGES),
     Mutant("moderators can edit", "not (erase and rank", "not (rank", MESSAGES),
@@ -128,7 +128,7 @@ MUTANTS = [
     Mutant("a stop tells nobody", "            socket.close(1001, \"shutting down\")\n", "            pass\n", LESSONS),
     Mutant("the texts of a deleted room stay", "            await step.fetch(DROP_EVENTS, room_id, seq)\n",
            "            pass\n", ROOMS),
-    Mutant("a token needs no exp", '"require": ["exp", "iat", "sub"]', '"require": ["iat", "sub"]', BAD),
+    Mutant("an expired token logs in", '"verify_iat": False}', '"verify_iat": False, "verify_exp": False}', BAD),
     Mutant("deep nesting is a mistake", "except (ValueError, RecursionError) as error:\n        raise ChatError(400",
            "except ValueError as error:\n        raise ChatError(400", BAD),
 ]

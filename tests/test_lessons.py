@@ -65,6 +65,24 @@ async def test_a_batch_tells_each_sender_what_became_of_it(start: Start) -> None
     assert (await alice.room.texts())[1:] == ["holds the others up", "good", "good too"]
 
 
+async def test_only_so_many_messages_wait(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the disk is slow a few messages wait, and what is above is told to come again."""
+    monkeypatch.setattr(chatserver, "QUEUE", 4)
+    chat = await start()
+    alice, bob = await chat.talk("alice", "bob")
+    async with held_commits(chat) as one_hangs:
+        await alice.send(message="the first")
+        await one_hangs()
+        for number in range(10):
+            await alice.send(message="waits", client_id=f"c{number}")
+        refused = [(await alice.is_refused("unavailable"))["client_id"] for _ in range(6)]
+        assert refused == [f"c{number}" for number in range(4, 10)]
+        path = f"{bob.room.path}/messages"
+        (await bob.user.post(path, {"message": "too much"})).refused(503, "unavailable")
+    await alice.say("there is room again")
+    assert await alice.room.texts() == ["the first", *["waits"] * 4, "there is room again"]
+
+
 async def test_who_hangs_up_takes_nobody_along(start: Start) -> None:
     """Clients that vanish while a commit takes its time: what they asked for is done and told."""
     chat = await start()

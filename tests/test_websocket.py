@@ -40,6 +40,9 @@ async def test_hello_comes_first(chat: Server) -> None:
             "online": [alice.name],
         }
     ]
+    url = chat.url(f"/websockets/chat/{room.room_id}")
+    async with chat.client.session.ws_connect(url, compress=15) as ws:
+        assert not ws.compress  # it would cost ten times the memory
 
 
 async def test_a_first_frame_logs_in_as_the_header_does(chat: Server) -> None:
