@@ -404,6 +404,20 @@ async def test_a_lost_ear_is_made_up_for(
     caplog.clear()
 
 
+async def test_what_is_left_of_a_deleted_room_is_erased_at_the_next_start(start: Start) -> None:
+    """A server that ended in the middle of erasing a room goes on with it when it starts."""
+    chat = await start()
+    (alice,) = await chat.talk("alice")
+    await alice.say_all(f"message {number}" for number in range(10))
+    await alice.leave()
+    await chat.stop()
+    room_id = alice.room.room_id
+    await chat.change(f"UPDATE rooms SET kind = 'deleted' WHERE room_id = '{room_id}'")  # noqa: S608
+    chat = await start(chat)
+    (await alice.user.at(chat).get(alice.room.path)).refused(404, "not_found")
+    assert await chat.rows(f"SELECT seq FROM events WHERE room_id = '{room_id}'") == []  # noqa: S608
+
+
 # --- The end of a server
 
 
