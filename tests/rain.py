@@ -59,8 +59,13 @@ class Rain:
 
     async def __aexit__(self, *_: object) -> None:
         """Cut everything and stop listening."""
+        self.away = True
+        for listener in self.server.sockets:
+            asyncio.get_running_loop().remove_reader(listener.fileno())
+        # asyncio leaves a connection open that is being accepted while its server closes.
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
         self.server.close()
-        self._cut(lambda _: True)
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)

@@ -466,30 +466,30 @@ async def test_a_line_that_falls_silent_is_noticed(
     house: str, rain: Rain, browser: Browser, session: aiohttp.ClientSession
 ) -> None:
     """Within 60 s the page knows, says so, and shows what it missed: busy, quiet, or typing."""
+    browser.forgiven = BAD_WEATHER
     alice, bob = await enrol(session, At(house), "alice", "bob")
     busy, quiet, typed = [await alice.room(bob) for _ in range(3)]
     tabs = {room: await enter(browser, alice, room, rain.url) for room in (busy, quiet, typed)}
-    with tabs[busy].forgiving(BAD_WEATHER), tabs[quiet].forgiving(BAD_WEATHER):
-        for room in (busy, typed):
-            await bob.say(room, "heard")
-            await tabs[room].equals(TEXTS, ["heard"])
-        assert rain.silence() == 3
-        begun = time.monotonic()
-        for n in range(3):
-            await bob.say(busy, f"missed {n}")
-        await bob.say(typed, "missed")
-        await asyncio.sleep(6)  # the time in which one types nothing
-        await tabs[typed].click("#text")
-        await tabs[typed].type("are you there?")
-        await tabs[typed].equals(TEXTS, ["heard", "missed"], 10)
-        assert await tabs[typed].js(COMPOSER) == "are you there?"
-        await tabs[busy].equals(TEXTS, ["heard", "missed 0", "missed 1", "missed 2"], 25)
-        for tab in tabs.values():
-            await is_in(tab, "resumed", patience=50)
-            assert "Back online" in await tab.js(text_of("#status"))
-        assert time.monotonic() - begun < 60
-        await bob.say(quiet, "and on it goes")
-        await tabs[quiet].equals(TEXTS, ["and on it goes"])
+    for room in (busy, typed):
+        await bob.say(room, "heard")
+        await tabs[room].equals(TEXTS, ["heard"])
+    assert rain.silence() == 3
+    begun = time.monotonic()
+    for n in range(3):
+        await bob.say(busy, f"missed {n}")
+    await bob.say(typed, "missed")
+    await asyncio.sleep(6)  # the time in which one types nothing
+    await tabs[typed].click("#text")
+    await tabs[typed].type("are you there?")
+    await tabs[typed].equals(TEXTS, ["heard", "missed"], 10)
+    assert await tabs[typed].js(COMPOSER) == "are you there?"
+    await tabs[busy].equals(TEXTS, ["heard", "missed 0", "missed 1", "missed 2"], 25)
+    for tab in tabs.values():
+        await is_in(tab, "resumed", patience=50)
+        assert "Back online" in await tab.js(text_of("#status"))
+    assert time.monotonic() - begun < 60
+    await bob.say(quiet, "and on it goes")
+    await tabs[quiet].equals(TEXTS, ["and on it goes"])
 
 
 async def test_coming_back_to_the_tab_finds_a_dead_line(
@@ -512,17 +512,17 @@ async def test_an_upgrade_that_nobody_answers_is_given_up(
     house: str, rain: Rain, browser: Browser, session: aiohttp.ClientSession
 ) -> None:
     """History shows at once; after 10 s the page tries again, and is live once that works."""
+    browser.forgiven = BAD_WEATHER
     alice, bob = await enrol(session, At(house), "alice", "bob")
     room = await alice.room(bob)
     await bob.say(room, "before")
     rain.upgrades = "hang"
     tab = await find_door(browser, alice, room, rain.url)
-    with tab.forgiving(BAD_WEATHER):
-        await tab.call("Page.reload")
-        await tab.equals(TEXTS, ["before"])
-        assert await tab.js("document.querySelector('#status').dataset.state") == "connecting"
-        rain.upgrades = "pass"
-        await online(tab, 16)
+    await tab.call("Page.reload")
+    await tab.equals(TEXTS, ["before"])
+    assert await tab.js("document.querySelector('#status').dataset.state") == "connecting"
+    rain.upgrades = "pass"
+    await online(tab, 16)
     await bob.say(room, "after")
     await tab.equals(TEXTS, ["before", "after"], 2)
 
@@ -531,21 +531,21 @@ async def test_where_websockets_are_refused_one_can_chat_all_the_same(
     house: str, rain: Rain, browser: Browser, session: aiohttp.ClientSession
 ) -> None:
     """The page says so, shows history and news every few seconds, and sends."""
+    browser.forgiven = BAD_WEATHER
     alice, bob = await enrol(session, At(house), "alice", "bob")
     room = await alice.room(bob)
     await bob.say(room, "before")
     rain.refuse_upgrades()
     tab = await find_door(browser, alice, room, rain.url)
-    with tab.forgiving(BAD_WEATHER):
-        await tab.call("Page.reload")
-        await is_in(tab, "blocked")
-        assert "No live connection" in await tab.js(text_of("#status"))
-        await say(tab, "mine")
-        await shows(tab, (bob, "before"), (alice, "mine"))
-        event = await bob.say(room, "theirs")
-        await tab.equals(TEXTS, ["before", "mine", "theirs"], 8)
-        await bob.ask("PATCH", f"/rooms/{room}/messages/{event['seq']}", {"message": "edited"})
-        await tab.equals(TEXTS, ["before", "mine", "edited"], 8)
+    await tab.call("Page.reload")
+    await is_in(tab, "blocked")
+    assert "No live connection" in await tab.js(text_of("#status"))
+    await say(tab, "mine")
+    await shows(tab, (bob, "before"), (alice, "mine"))
+    event = await bob.say(room, "theirs")
+    await tab.equals(TEXTS, ["before", "mine", "theirs"], 8)
+    await bob.ask("PATCH", f"/rooms/{room}/messages/{event['seq']}", {"message": "edited"})
+    await tab.equals(TEXTS, ["before", "mine", "edited"], 8)
 
 
 # --- In the rain: the outbox
@@ -555,30 +555,30 @@ async def test_what_was_written_offline_arrives_in_order(
     tmp_path: Path, browser: Browser, session: aiohttp.ClientSession
 ) -> None:
     """30 written offline, one in another room, one after the return, slowed by the rate limit."""
+    browser.forgiven = BAD_WEATHER
     async with site(tmp_path, messages_per_second=10) as url, Rain(url) as rain:
         alice, bob = await enrol(session, At(url), "alice", "bob")
         room, other = await bob.room(alice, kind="private"), await bob.room(alice, kind="private")
         tab = await enter(browser, alice, room, rain.url)
-        with tab.forgiving(BAD_WEATHER):
-            rain.away = True
-            written = [f"line {n}" for n in range(30)]
-            for text in written:
-                await say(tab, text)
-            await tab.wait(text_of("#status") + ".includes('30 messages wait')")
-            await tab.equals("document.querySelectorAll('.waiting').length", 30)
-            await tab.equals(text_of(".waiting .note"), "Waiting to be sent")
-            await tab.js(f"location.hash = '{other}'")
-            await say(tab, "elsewhere")
-            await tab.equals(text_of("#unsent-summary"), "31 waiting")
-            await tab.js(f"location.hash = '{room}'")
-            rain.away = False
-            await tab.js("ononline()")
-            await say(tab, "after the return")
-            await has_said(bob, room, *written, "after the return")
-            await has_said(bob, other, "elsewhere")
-            await tab.equals(TEXTS, [*written, "after the return"])
-            await tab.wait("!document.querySelector('.waiting')")
-            await tab.wait("!document.querySelector('#unsent-summary').checkVisibility()")
+        rain.away = True
+        written = [f"line {n}" for n in range(30)]
+        for text in written:
+            await say(tab, text)
+        await tab.wait(text_of("#status") + ".includes('30 messages wait')")
+        await tab.equals("document.querySelectorAll('.waiting').length", 30)
+        await tab.equals(text_of(".waiting .note"), "Waiting to be sent")
+        await tab.js(f"location.hash = '{other}'")
+        await say(tab, "elsewhere")
+        await tab.equals(text_of("#unsent-summary"), "31 waiting")
+        await tab.js(f"location.hash = '{room}'")
+        rain.away = False
+        await tab.js("ononline()")
+        await say(tab, "after the return")
+        await has_said(bob, room, *written, "after the return")
+        await has_said(bob, other, "elsewhere")
+        await tab.equals(TEXTS, [*written, "after the return"])
+        await tab.wait("!document.querySelector('.waiting')")
+        await tab.wait("!document.querySelector('#unsent-summary').checkVisibility()")
         await browser.close()
 
 
@@ -586,28 +586,27 @@ async def test_the_outbox_survives_a_closed_tab(
     house: str, rain: Rain, browser: Browser, session: aiohttp.ClientSession
 ) -> None:
     """What waited in a tab that was closed is sent by the next one, and just once."""
+    browser.forgiven = BAD_WEATHER
     alice, bob = await enrol(session, At(house), "alice", "bob")
     room, other = await alice.room(), await alice.room()
     tab = await enter(browser, alice, room, rain.url)
     blank = await find_door(browser, bob, url=rain.url, beside=tab)
-    with tab.forgiving(BAD_WEATHER):
-        rain.away = True
-        await say(tab, "one")
-        await tab.js(f"location.hash = '{other}'")
-        await say(tab, "two")
-        await tab.wait("document.querySelector('.waiting')")
-        await tab.js("location.hash = '1'")
-        await tab.close()
+    rain.away = True
+    await say(tab, "one")
+    await tab.js(f"location.hash = '{other}'")
+    await say(tab, "two")
+    await tab.wait("document.querySelector('.waiting')")
+    await tab.js("location.hash = '1'")
+    await tab.close()
     rain.away = False
     rain.lose_answers = 2  # it is stored, but we do not hear of it: sent again, stored once
     await log_in(blank, alice)
-    with blank.forgiving(BAD_WEATHER):
-        await blank.call("Page.reload")
-        await online(blank)
-        assert await blank.js("location.hash") == "#1"
-        await has_said(alice, room, "one")
-        await has_said(alice, other, "two")
-        await blank.wait("!document.querySelector('#unsent-summary').checkVisibility()")
+    await blank.call("Page.reload")
+    await online(blank)
+    assert await blank.js("location.hash") == "#1"
+    await has_said(alice, room, "one")
+    await has_said(alice, other, "two")
+    await blank.wait("!document.querySelector('#unsent-summary').checkVisibility()")
     assert rain.lose_answers == 0
     await has_said(alice, room, "one")
 
@@ -616,34 +615,34 @@ async def test_what_is_refused_says_why_and_touches_no_neighbour(
     house: str, rain: Rain, browser: Browser, session: aiohttp.ClientSession
 ) -> None:
     """Of "before", 70,000 letters, "after" the middle one waits for its author to mend it."""
+    browser.forgiven = f"{BAD_WEATHER}|status of 400|status of 413"
     (alice,) = await enrol(session, At(house), "alice")
     room = await alice.room()
     tab = await enter(browser, alice, room, rain.url)
     rain.away = True
-    with tab.forgiving(f"{BAD_WEATHER}|status of 400|status of 413"):
-        for text in ("before", "w" * 70_000, "x" * 5000, "after"):
-            await say(tab, text)
-        rain.away = False
-        await tab.js("ononline()")
-        await has_said(alice, room, "before", "after")
-        await tab.equals("document.querySelectorAll('.message.refused').length", 2)
-        reasons = await tab.js(all_of(".refused .note"))
-        assert reasons[0].startswith("Not sent: This is too long.")
-        assert reasons[1].startswith("Not sent: The message is over 4000 characters.")
-        await tab.equals(text_of("#unsent-summary"), "2 not sent")
-        await tab.click("#text")
-        await tab.type("a draft")
-        await press_button(tab, ".message.refused:not(.refused ~ .refused)", "Throw away")
-        await tab.equals("document.querySelectorAll('.message.refused').length", 1)
-        await tab.call("Page.reload")
-        await online(tab)
-        await press_button(tab, ".message.refused", "Mend")
-        await tab.equals(f"{COMPOSER}.length", 5000)
-        await tab.fill("#text", "shorter")
-        await tab.press("Enter")
-        await tab.equals(COMPOSER, "a draft")
-        await has_said(alice, room, "before", "after", "shorter")
-        await tab.wait("!document.querySelector('.message.refused')")
+    for text in ("before", "w" * 70_000, "x" * 5000, "after"):
+        await say(tab, text)
+    rain.away = False
+    await tab.js("ononline()")
+    await has_said(alice, room, "before", "after")
+    await tab.equals("document.querySelectorAll('.message.refused').length", 2)
+    reasons = await tab.js(all_of(".refused .note"))
+    assert reasons[0].startswith("Not sent: This is too long.")
+    assert reasons[1].startswith("Not sent: The message is over 4000 characters.")
+    await tab.equals(text_of("#unsent-summary"), "2 not sent")
+    await tab.click("#text")
+    await tab.type("a draft")
+    await press_button(tab, ".message.refused:not(.refused ~ .refused)", "Throw away")
+    await tab.equals("document.querySelectorAll('.message.refused').length", 1)
+    await tab.call("Page.reload")
+    await online(tab)
+    await press_button(tab, ".message.refused", "Mend")
+    await tab.equals(f"{COMPOSER}.length", 5000)
+    await tab.fill("#text", "shorter")
+    await tab.press("Enter")
+    await tab.equals(COMPOSER, "a draft")
+    await has_said(alice, room, "before", "after", "shorter")
+    await tab.wait("!document.querySelector('.message.refused')")
 
 
 async def test_a_draft_stays_in_its_room(
@@ -696,22 +695,22 @@ async def test_an_edit_that_was_made_offline_waits_as_well(
     house: str, rain: Rain, browser: Browser, session: aiohttp.ClientSession
 ) -> None:
     """An edit is shown where its message is, as waiting, and goes out with the others."""
+    browser.forgiven = BAD_WEATHER
     (alice,) = await enrol(session, At(house), "alice")
     room = await alice.room()
     await alice.say(room, "Teh message")
     tab = await enter(browser, alice, room, rain.url)
     rain.away = True
-    with tab.forgiving(BAD_WEATHER):
-        await tab.press("ArrowUp")
-        await tab.equals(COMPOSER, "Teh message")
-        await tab.fill("#text", "The message")
-        await tab.press("Enter")
-        await say(tab, "and another")
-        await tab.equals(TEXTS, ["The message", "and another"])
-        await tab.equals("document.querySelectorAll('.waiting').length", 2)
-        rain.away = False
-        await tab.js("ononline()")
-        await shows(tab, (alice, "The message"), (alice, "and another"))
+    await tab.press("ArrowUp")
+    await tab.equals(COMPOSER, "Teh message")
+    await tab.fill("#text", "The message")
+    await tab.press("Enter")
+    await say(tab, "and another")
+    await tab.equals(TEXTS, ["The message", "and another"])
+    await tab.equals("document.querySelectorAll('.waiting').length", 2)
+    rain.away = False
+    await tab.js("ononline()")
+    await shows(tab, (alice, "The message"), (alice, "and another"))
     history = await alice.ask("GET", f"/rooms/{room}/messages")
     assert [each["message"] for each in history] == ["The message", "and another"]
 
@@ -720,23 +719,23 @@ async def test_two_tabs_lose_nothing_of_each_other(
     house: str, rain: Rain, browser: Browser, session: aiohttp.ClientSession
 ) -> None:
     """What both wrote offline is sent once, in the order in which it was written."""
+    browser.forgiven = BAD_WEATHER
     (alice,) = await enrol(session, At(house), "alice")
     room = await alice.room()
     one = await enter(browser, alice, room, rain.url)
     two = await enter(browser, alice, room, rain.url, beside=one)
     rain.away = True
-    with one.forgiving(BAD_WEATHER), two.forgiving(BAD_WEATHER):
-        for tab, text in ((one, "1"), (two, "2"), (two, "3"), (one, "4")):
-            await say(tab, text)
-        for tab in (one, two):
-            await tab.equals(TEXTS, ["1", "2", "3", "4"])
-        rain.away = False
-        for tab in (one, two):
-            await tab.js("ononline()")
-        await has_said(alice, room, "1", "2", "3", "4")
-        for tab in (one, two):
-            await online(tab)
-            await shows(tab, *[(alice, text) for text in "1234"])
+    for tab, text in ((one, "1"), (two, "2"), (two, "3"), (one, "4")):
+        await say(tab, text)
+    for tab in (one, two):
+        await tab.equals(TEXTS, ["1", "2", "3", "4"])
+    rain.away = False
+    for tab in (one, two):
+        await tab.js("ononline()")
+    await has_said(alice, room, "1", "2", "3", "4")
+    for tab in (one, two):
+        await online(tab)
+        await shows(tab, *[(alice, text) for text in "1234"])
     await has_said(alice, room, "1", "2", "3", "4")
 
 
@@ -744,18 +743,18 @@ async def test_a_portal_in_between_is_not_taken_for_the_server(
     house: str, rain: Rain, browser: Browser, session: aiohttp.ClientSession
 ) -> None:
     """Where somebody else's page answers "200" to everything, a message is not taken as sent."""
+    browser.forgiven = BAD_WEATHER
     (alice,) = await enrol(session, At(house), "alice")
     room = await alice.room()
     tab = await enter(browser, alice, room, rain.url)
-    with tab.forgiving(BAD_WEATHER):
-        rain.open_portal()
-        await say(tab, "on the train")
-        await tab.wait(text_of("#status") + ".includes('1 message waits')")
-        assert await messages(alice, room) == []
-        rain.portal = False
-        await tab.js("ononline()")
-        await has_said(alice, room, "on the train")
-        await online(tab)
+    rain.open_portal()
+    await say(tab, "on the train")
+    await tab.wait(text_of("#status") + ".includes('1 message waits')")
+    assert await messages(alice, room) == []
+    rain.portal = False
+    await tab.js("ononline()")
+    await has_said(alice, room, "on the train")
+    await online(tab)
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
@@ -832,35 +831,35 @@ async def test_the_end_of_a_session_takes_nothing_away(
     house: str, browser: Browser, session: aiohttp.ClientSession
 ) -> None:
     """The focus stays where one types, what is sent waits, and the password is all it takes."""
+    browser.forgiven = BAD_WEATHER
     alice, bob = await enrol(session, At(house), "alice", "bob")
     room = await alice.room(bob)
     await bob.say(room, "hello")
     tab = await enter(browser, alice, room)
     await tab.click("#text")
     await tab.type("in the middle of a ")
-    with tab.forgiving(BAD_WEATHER):
-        await alice.ask("POST", "/auth/logout")
-        await tab.wait("document.querySelector('#again').checkVisibility()")
-        assert await tab.js(FOCUS) == "text"
-        await tab.type("sentence")
-        await tab.press("Enter")
-        await tab.type("the next")
-        await tab.equals(TEXTS, ["hello", "in the middle of a sentence"])
-        await tab.call("Page.reload")
-        await tab.wait("document.querySelector('#door').checkVisibility()")
-        assert await tab.js("document.querySelector('#username').value") == alice.name
-        await tab.fill("#password", PASSWORD)
-        await tab.press("Enter")
-        await online(tab)
-        await shows(tab, (bob, "hello"), (alice, "in the middle of a sentence"))
-        await tab.equals(COMPOSER, "the next")
-        token = f"JSON.parse(localStorage.getItem('{STORE}{alice.name} session')).token"
-        await alice._replace(token=await tab.js(token)).ask("POST", "/auth/logout")
-        await tab.wait("document.querySelector('#again').checkVisibility()")
-        await tab.fill("#again-password", PASSWORD)
-        await tab.press("Enter")
-        await online(tab)
-        await tab.equals(FOCUS, "text")
+    await alice.ask("POST", "/auth/logout")
+    await tab.wait("document.querySelector('#again').checkVisibility()")
+    assert await tab.js(FOCUS) == "text"
+    await tab.type("sentence")
+    await tab.press("Enter")
+    await tab.type("the next")
+    await tab.equals(TEXTS, ["hello", "in the middle of a sentence"])
+    await tab.call("Page.reload")
+    await tab.wait("document.querySelector('#door').checkVisibility()")
+    assert await tab.js("document.querySelector('#username').value") == alice.name
+    await tab.fill("#password", PASSWORD)
+    await tab.press("Enter")
+    await online(tab)
+    await shows(tab, (bob, "hello"), (alice, "in the middle of a sentence"))
+    await tab.equals(COMPOSER, "the next")
+    token = f"JSON.parse(localStorage.getItem('{STORE}{alice.name} session')).token"
+    await alice._replace(token=await tab.js(token)).ask("POST", "/auth/logout")
+    await tab.wait("document.querySelector('#again').checkVisibility()")
+    await tab.fill("#again-password", PASSWORD)
+    await tab.press("Enter")
+    await online(tab)
+    await tab.equals(FOCUS, "text")
     await tab.press("Enter")
     await tab.equals(f"{TEXTS}.length", 3)
     await tab.wait("!document.querySelector('.waiting')")
