@@ -10,8 +10,7 @@ message is one kind of event, and a room's events in order are its log. The way 
 
   WebSocket: obey_text  a frame comes in
   operations: submit_message  its fields are checked, and it waits in a queue
-  chat: write_batch, change  all that wait are stored in one transaction
-  changes: post_all, post_one  each under the next number of its room
+  chat: write_batch, change  all that wait are stored in one transaction, under the next numbers
   hub: publish, hand  each socket that has all before gets it in one write
   hub: notice, read_on  who is behind gets it from the log, as fast as they read
 
@@ -170,7 +169,6 @@ def load_config(options: dict[str, Any]) -> Config:
 # -------------------------------- errors
 # Whatever is refused, anywhere, is a ChatError. HTTP answers its status; a WebSocket that must
 # close for it closes with 4000 + status, or with 1013 where a retry helps.
-
 CODES = {408: "timeout", 413: "too_large", 429: "rate_limited", 503: "unavailable"}
 
 
@@ -187,9 +185,8 @@ class ChatError(Exception):
 # -------------------------------- fields
 # What may come in, by the name of its field, be it in a path, a query, a body or a frame. Nothing
 # of it is trusted, and nothing here knows what it is for.
-
 encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-LARGEST = 2**53  # what JSON clients keep exactly
+LARGEST = 2**53  # exact in JSON
 CHARACTER = r"[^\0\ud800-\udfff]"  # no NUL, no half of a pair
 KIND = "public|private|direct"
 ROLE = "member|moderator|owner|banned"
@@ -207,16 +204,16 @@ PATTERNS = {
     "username": ("(?!(?i:me)$)[a-zA-Z0-9][a-zA-Z0-9_.-]{1,31}", "2 to 32 of a-z 0-9 _.-"),
 }
 ANYTHING = (f"{CHARACTER}{{1,4096}}", "text")
-SHOWN = ("message", "name", "q")  # must have something that shows
+SHOWN = ("message", "name", "q")  # must show something
 BLANK = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # Unicode's categories
 
 
+@dataclass
 class Fields:
     """What came in; a field is checked when it is asked for."""
 
-    def __init__(self, raw: abc.Mapping[str, Any], address: str = "") -> None:
-        self.raw = raw
-        self.address = address
+    raw: Row
+    address: str = ""
 
     def text(self, name: str, default: str | None = None, *, any_text: bool = False) -> str:
         """A text that fits its pattern, or the default for none."""
@@ -262,7 +259,6 @@ def parse_object(source: str) -> dict[str, Any]:
 # ----------------------------- passwords
 # How a password is kept, and how often something may be tried.
 # It knows no users.
-
 SCRYPT = "scrypt$16384$8$5"  # N, r, p
 
 
@@ -293,7 +289,8 @@ class Limiter:
         if self.rate and left < tokens:
             wait = math.ceil((tokens - left) / self.rate)
             raise ChatError(429, f"too many {self.what}, wait {wait} s", retry_after=wait)
-        self.buckets[key] = (left - tokens, monotonic())
+        if self.rate:
+            self.buckets[key] = (left - tokens, monotonic())
 
     def forget(self) -> None:
         """Drops the keys that have all their tokens again."""
@@ -303,7 +300,6 @@ class Limiter:
 # ------------------------------ database
 # Two engines behind one face: `fetch` reads, `transaction` gives a fetch that also writes, and
 # `tell` reaches other processes. It does not know what is kept.
-
 FIRST_EDITION = "SELECT floor FROM rooms LIMIT 1"
 Fetch = abc.Callable[..., abc.Awaitable[Rows]]
 Note = abc.Sequence[Any]
@@ -343,7 +339,7 @@ class SQLite:
 
     async def connect(self, *pragmas: str, suffix: str = "") -> aiosqlite.Connection:
         """Opens a connection, which has a thread of its own."""
-        path = self.path + suffix  # each change begins a transaction
+        path = self.path + suffix
         connection = await aiosqlite.connect(path, timeout=2, isolation_level="IMMEDIATE")
         self.opened.append(connection)
         connection.row_factory = sqlite3.Row
@@ -508,8 +504,7 @@ def document(rows: abc.Iterable[Row]) -> str:
 
 
 # Only a message's own row holds its text; an edit tells the text of now.
-EVENT = """SELECT e.seq, e.kind, e.json, t.json AS edited
-  FROM events e LEFT JOIN events t
+EVENT = """SELECT e.seq, e.kind, e.json, t.json AS edited FROM events e LEFT JOIN events t
   ON e.kind = 'edit' AND t.room_id = e.room_id AND t.seq = e.target"""
 READABLE = "(m.role <> 'banned' OR (m.role IS NULL AND r.kind = 'public'))"
 ROOM = """SELECT r.room_id, r.name, r.kind, m.role, coalesce(m.read_seq, 0) AS read_seq,
@@ -551,9 +546,8 @@ DROP_MEMBER = "DELETE FROM members WHERE room_id = $1 AND username = $2"
 DROP_MEMBERS = "DELETE FROM members WHERE room_id = $1"
 SET_READ = """UPDATE members SET read_seq = $3
   WHERE room_id = $1 AND username = $2 AND read_seq < $3"""
-SET_MARKS = """INSERT INTO members (room_id, username, role, read_seq)
-  SELECT value ->> 'room_id', value ->> 'username', 'member', CAST(value ->> 'seq' AS BIGINT)
-  FROM json_each($1) WHERE true
+SET_MARKS = """INSERT INTO members (room_id, username, role, read_seq) SELECT value ->> 'room_id',
+  value ->> 'username', 'member', CAST(value ->> 'seq' AS BIGINT) FROM json_each($1) WHERE true
   ON CONFLICT (room_id, username) DO UPDATE SET read_seq = excluded.read_seq"""
 # What is known of users in rooms, and of what they sent under a client_id.
 GET_SEATS = """WITH p AS MATERIALIZED (SELECT CAST(key AS BIGINT) AS number, value ->> 'room_id'
@@ -578,7 +572,8 @@ DROP_EVENTS = "DELETE FROM events WHERE room_id = $1 AND seq <= $2"
 DROP_REMAINS = """DELETE FROM events
   WHERE room_id IN (SELECT room_id FROM rooms WHERE kind = 'deleted')"""
 LIST_EVENTS = f"{EVENT} WHERE e.room_id = $1 AND e.seq > $2 ORDER BY e.seq LIMIT $3"
-HISTORY = f"""{EVENT} WHERE e.kind = 'message' AND e.room_id = $1 AND e.seq > $2 AND e.seq < $3
+HISTORY = f"""SELECT e.kind, e.json FROM events e
+  WHERE e.kind = 'message' AND e.room_id = $1 AND e.seq > $2 AND e.seq < $3
   AND EXISTS (SELECT 1 FROM rooms r JOIN users u ON u.username = $5 AND u.version = $6
   LEFT JOIN members m ON m.room_id = r.room_id AND m.username = u.username
   WHERE r.room_id = $1 AND r.kind <> 'deleted' AND u.password IS NOT NULL AND {READABLE})"""
@@ -605,7 +600,7 @@ def show(event: Row) -> str:
     stored: str = event["json"]
     if event["kind"] != "edit":
         return stored
-    message = json.loads(event["edited"])
+    message = json.loads(event["edited"] or "{}")
     text = {name: message[name] for name in ("message", "deleted") if name in message}
     return encode(json.loads(stored) | text)
 
@@ -619,7 +614,6 @@ def show_all(events: abc.Iterable[Row]) -> str:
 # A change is one transaction. It locks rooms, then users, each by name, so that no two wait for
 # each other; it checks what one may do, and adds events under the next numbers. It knows neither
 # HTTP nor sockets.
-
 RANKS = {"banned": 0, "stranger": 0, "visitor": 1, "member": 2, "moderator": 3, "owner": 4}
 
 
@@ -646,18 +640,18 @@ class Post(NamedTuple):
 
     login: Login
     seat: dict[str, Any]  # room_id, username and client_id
-    message: str
+    message: str | None  # none: only joins
     answer: abc.Callable[[Outcome], None]
 
 
 def check_version(version: int | None, me: Login) -> None:
-    """Refuses a log-in that was ended, given its user's version."""
+    """Refuses a log-in that was ended."""
     if version != me.version:
         raise ChatError(401, "log in again: this log-in has ended")
 
 
 def first(rows: Rows, missing: str) -> Row:
-    """The first of some rows, or refuses for want of any."""
+    """The first of some rows, or refuses."""
     if not rows:
         raise ChatError(404, f"there is no such {missing}")
     return rows[0]
@@ -705,7 +699,7 @@ class Change:
         return rank_of(seat["role"], seat["kind"], least)
 
     async def set_role(self, room_id: str, username: str, member: str, role: str | None) -> None:
-        """Makes a membership what it shall be, by `username`."""
+        """Makes a membership what it shall be."""
         if self.seats[room_id, member]["version"] is None:
             raise ChatError(404, "there is no such user")
         seq = self.add(room_id, "member", username, member=member, role=role)["seq"]
@@ -727,7 +721,7 @@ class Change:
 
 
 def check_role(change: Change, room_id: str, me: str, member: str, role: str | None) -> None:
-    """Refuses a change of role that one may not make."""
+    """Refuses a change that one may not make."""
     mine = change.enter(room_id, me)
     seat = change.seats[room_id, member]
     old = RANKS[seat["role"] or "visitor"]
@@ -765,13 +759,15 @@ def post_one(change: Change, post: Post, before: str | None) -> Stored:
     if rank == RANKS["visitor"]:
         seat["role"] = "member"
         change.add(room_id, "member", username, member=username, role="member")
+    if post.message is None:
+        return Stored("", retry=False)
     fields = {"client_id": client_id} if client_id else {}
     event = change.add(room_id, "message", username, **fields, message=post.message)
     return Stored(event["json"], retry=False)
 
 
 async def post_all(change: Change, posts: abc.Sequence[Post]) -> list[Outcome]:
-    """Adds messages, each from its seat; returns their outcomes."""
+    """Adds messages; returns their outcomes."""
     sent: dict[tuple[Any, ...], str] = {}  # earlier in this batch
     outcomes: list[Outcome] = []
     for post, row in zip(posts, change.rows, strict=True):
@@ -792,12 +788,10 @@ async def post_all(change: Change, posts: abc.Sequence[Post]) -> list[Outcome]:
 
 
 # ----------------------------------- hub
-# Who is connected, and how events reach every socket once, in order, waiting for nobody. Each has
-# a cursor in its room's log: the seq of the last event that it was handed. Whoever has the page
-# that follows a cursor hands it to all who stand there, in one step that awaits nothing: a commit
-# to those at the end, a reader of the log to those who are behind. So live, replay and catching
-# up are one thing, and nothing is skipped or repeated.
-
+# Who is connected, and how events reach every socket once, in order. Each has a cursor in its log:
+# the last seq that it was handed. Whoever has the page that follows a cursor hands it to all who
+# stand there, awaiting nothing: a commit to those at the end, a reader of the log to those who are
+# behind. So live, replay and catching up are one thing, and nothing is skipped or repeated.
 PING = 25  # seconds from one ping to the next
 SILENCE = 40  # seconds after which a silent peer is dropped
 STALL = 15  # seconds after which who reads nothing is cut off
@@ -819,7 +813,7 @@ def to_frame(payload: bytes, opcode: int = WSMsgType.TEXT) -> bytes:
 
 
 class Page(NamedTuple):
-    """A stretch of a log, as frames; its end may remove somebody."""
+    """A stretch of a log, which may end with a removal."""
 
     start: int  # the seq before its first event
     end: int
@@ -881,7 +875,7 @@ class Socket:
             asyncio.get_running_loop().call_later(linger, self.cut)
 
     def cut(self) -> None:
-        """Ends the connection; CPython 3.11 fails where it has ended."""
+        """Ends the connection, if it has not (CPython 3.11 fails)."""
         with suppress(AttributeError):
             self.transport.abort()
 
@@ -926,7 +920,7 @@ class Hub:
         self.peers: dict[str, float] = {}  # when each was heard
 
     def enter(self, socket: Socket, me: Login, room_id: str) -> None:
-        """Makes a socket known, so that whatever ends it finds it."""
+        """Makes a socket known to whatever ends it."""
         room = self.rooms.setdefault(room_id, Room(room_id))
         room.sockets.add(socket)
         self.users[me.username].add(socket)
@@ -971,11 +965,11 @@ class Hub:
                         socket.close(4403, "you are no longer in this room")
 
     def notice(self, room_id: str, head: int) -> None:
-        """Notes how far a log goes; has it read for who is behind."""
+        """Notes how far a log goes, for who is behind."""
         room = self.rooms.get(room_id)
         if room:
             room.head = max(room.head, head)
-            for cursor in {socket.cursor for socket in room.sockets}:
+            for cursor in {one.cursor for one in room.sockets if not one.closed}:
                 if cursor is not None and cursor < room.head and cursor not in room.readers:
                     room.readers[cursor] = asyncio.create_task(self.read_on(room, cursor))
 
@@ -988,14 +982,14 @@ class Hub:
                 if not all(socket.is_full() for socket in behind):
                     with suppress(ChatError):  # the database is away
                         page = await self.db.fetch(LIST_EVENTS, room.room_id, cursor, PAGE_EVENTS)
-                if page:
+                if page and page[0]["seq"] == cursor + 1:
                     self.hand(room, page)
+                    self.notice(room.room_id, room.head)
                 else:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, 0.2)
         finally:
             del room.readers[cursor]
-        self.notice(room.room_id, room.head)
 
     def whisper(self, item: Row) -> None:
         """Tells others what is never stored, if few are here."""
@@ -1032,7 +1026,7 @@ class Hub:
                     self.see(process, room_id, username, online=False)
 
     def hear(self, process: str, note: Note) -> None:
-        """Does what a process tells, another or this one."""
+        """Does what a process tells."""
         match note:
             case ["begin"]:
                 self.forget_peers(0)
@@ -1042,7 +1036,7 @@ class Hub:
                 self.peers[process] = monotonic()
             case ["who is there"]:
                 for socket in self.sockets:
-                    if socket.room:
+                    if socket.room and socket.cursor is not None:
                         self.db.tell("presence", socket.room.room_id, socket.username, True)
             case ["presence", room_id, username, online]:
                 self.see(process, room_id, username, online=online)
@@ -1062,7 +1056,6 @@ class Hub:
 # ---------------------------------- chat
 # What all operations share: log-ins, the queue and its writer, and tasks that run all the time.
 # It knows no routes and no frames.
-
 BATCH = 250  # messages in one transaction
 QUEUE = 10_000  # messages that wait for one
 POLL = 2  # seconds between looks into the database
@@ -1109,18 +1102,20 @@ class Chat:
     async def opened(self) -> abc.AsyncIterator[None]:
         """Opens the database, finds key and epoch; closes it."""
         try:
+            await self.db.open((FOLDER / "schema.sql").read_text("utf-8"))
             if isinstance(self.db, SQLite) and not self.key:
                 self.key = keep_secret(Path(self.db.path + ".secret"))
-            await self.db.open((FOLDER / "schema.sql").read_text("utf-8"))
             async with self.db.transaction() as fetch:
                 self.epoch = (await fetch(GET_EPOCH, secrets.token_hex(8)))[0]["value"]
-                await fetch(DROP_REMAINS)
+            with suppress(ChatError):
+                async with self.db.transaction() as fetch:
+                    await fetch(DROP_REMAINS)
             yield
         finally:
             await self.db.close()
 
     async def run(self, _: web.Application) -> abc.AsyncIterator[None]:
-        """Runs tasks from an application's start to its end."""
+        """Runs tasks from start to end."""
         works: dict[Any, float] = {self.write_batch: 0, self.sweep: 1, self.poll: POLL}
         if isinstance(self.db, Postgres):
             works[partial(self.db.exchange, self.hub.hear)] = 1
@@ -1142,7 +1137,7 @@ class Chat:
             await asyncio.sleep(wait)
 
     async def stop(self, _: web.Application) -> None:
-        """Lets what was accepted be stored, then closes all sockets."""
+        """Lets what was accepted be stored, closes all sockets."""
         self.stopping = True
         deadline = monotonic() + 1.5
         while (self.writing.locked() or not self.queue.empty()) and monotonic() < deadline:
@@ -1152,7 +1147,7 @@ class Chat:
 
     @asynccontextmanager
     async def change(self, asked: Rows, me: Login | None = None) -> abc.AsyncIterator[Change]:
-        """Makes one change at a time; once it is on disk, publishes it."""
+        """Makes one change at a time, and publishes it once on disk."""
         async with self.writing, self.db.transaction() as fetch:
             change = Change(fetch)
             if isinstance(self.db, Postgres):  # who writes to SQLite has the whole file
@@ -1171,8 +1166,14 @@ class Chat:
         for note in change.notes:
             self.hub.hear(HERE, note)
 
+    def submit(self, post: Post) -> None:
+        """Queues a post."""
+        if self.stopping or self.queue.full():
+            raise ChatError(503, "too much waits", retry_after=1)
+        self.queue.put_nowait(post)
+
     async def write_batch(self) -> None:
-        """Stores together what came while the last batch was stored."""
+        """Stores together what came meanwhile."""
         posts = [await self.queue.get()]
         while len(posts) < BATCH and not self.queue.empty():
             posts.append(self.queue.get_nowait())
@@ -1245,7 +1246,7 @@ class Chat:
         return {"access_token": token, "token_type": "bearer", "expires_in": seconds}
 
     def decode(self, token: str) -> Login:
-        """Whom a token of ours names, also one that has ended."""
+        """Whom a token of ours names."""
         options: Any = {"require": ["exp", "iat", "sub"], "verify_iat": False}  # clocks go back
         try:
             claims = jwt.decode(token, self.key, [self.config.algorithm], options)
@@ -1255,14 +1256,14 @@ class Chat:
             raise ChatError(401, f"log in again: {error}") from None
 
     def read_token(self, token: object) -> Login:
-        """Whom a token names that is ours and not expired; it may be void."""
-        login = self.decoded(str(token))
+        """Whom a token of ours names, as long as it lasts."""
+        login = self.decoded(str(token)[:2000])
         if login.expires < time.time():
             raise ChatError(401, "log in again: the token has expired")
         return login
 
     async def visit(self, me: Login, room_id: str | None = None) -> Row:
-        """The caller's seat; refuses ended log-ins and closed rooms."""
+        """The caller's seat; refuses who is out."""
         seat: Row = (await self.db.fetch(GET_SEATS, document(seats([room_id], me.username))))[0]
         check_version(seat["version"], me)
         if room_id is not None:
@@ -1281,7 +1282,6 @@ class Chat:
 # ---------------------------- operations
 # What users can do. An operation takes the server, who asks, and the fields, wherever they are
 # from. It returns what is answered, and knows no transport.
-
 Operation = abc.Callable[[Chat, Any, Fields], abc.Awaitable[Any]]
 DIRECT = "direct_"  # begins the ids of direct rooms, which no other room has
 
@@ -1334,7 +1334,7 @@ async def log_in(chat: Chat, _: None, data: Fields) -> Any:
 
 
 async def check_health(chat: Chat, _: None, __: Fields) -> Any:
-    """Tells whether the database can be changed."""
+    """Tells whether the database answers."""
     async with chat.change([]):
         return {"status": "ok"}
 
@@ -1396,7 +1396,7 @@ async def get_room(chat: Chat, me: Login, data: Fields) -> Any:
 
 
 async def create_room(chat: Chat, me: Login, data: Fields) -> Any:
-    """Makes a room and its owner, or finds two users' direct room."""
+    """Makes a room, or finds two users' direct room."""
     chat.messages.take(me.username)
     kind = data.text("kind", "public")
     roles = {me.username: "owner"}
@@ -1424,7 +1424,7 @@ async def create_room(chat: Chat, me: Login, data: Fields) -> Any:
 
 
 async def delete_room(chat: Chat, me: Login, data: Fields) -> None:
-    """Deletes a room and all that was said; its id stays taken."""
+    """Deletes a room and what was said; its id stays taken."""
     room_id = data.text("room_id")
     chat.messages.take(me.username)
     async with chat.change(seats([room_id], me.username), me) as change:
@@ -1492,28 +1492,32 @@ def check_length(chat: Chat, data: Fields) -> str:
 def submit_message(
     chat: Chat, me: Login, data: Fields, answer: abc.Callable[[Outcome], None]
 ) -> None:
-    """Queues a message; what becomes of it is told to `answer`."""
+    """Queues a message; `answer` takes its outcome."""
     seat = {"room_id": data.text("room_id"), "username": me.username}
     seat["client_id"] = data.text("client_id", "")
     message = check_length(chat, data)
     chat.messages.take(me.username)
-    if chat.stopping or chat.queue.full():
-        raise ChatError(503, "too much waits", retry_after=1)
-    chat.queue.put_nowait(Post(me, seat, message, answer))
+    chat.submit(Post(me, seat, message, answer))
+
+
+async def outcome_of(submit: abc.Callable[..., None]) -> Stored:
+    """Waits for what becomes of a post."""
+    future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+    submit(future.set_result)
+    outcome = await asyncio.shield(future)
+    if isinstance(outcome, ChatError):
+        raise outcome
+    return outcome
 
 
 async def post_message(chat: Chat, me: Login, data: Fields) -> Any:
     """Posts a message; for a retry, 200 and the first event."""
-    future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-    submit_message(chat, me, data, future.set_result)
-    outcome = await asyncio.shield(future)
-    if isinstance(outcome, ChatError):
-        raise outcome
-    return outcome.json, 200 if outcome.retry else 201
+    stored = await outcome_of(partial(submit_message, chat, me, data))
+    return stored.json, 200 if stored.retry else 201
 
 
 async def edit_message(chat: Chat, me: Login, data: Fields, *, erase: bool = False) -> Any:
-    """Edits one's own message; or erases it, a moderator anybody's."""
+    """Edits one's own message; or erases it, or a moderator does."""
     room_id = data.text("room_id")
     target = data.number("target")
     message = None if erase else check_length(chat, data)
@@ -1553,7 +1557,6 @@ async def mark_read(chat: Chat, me: Login, data: Fields) -> None:
 # ---------------------------------- HTTP
 # Collects an operation's fields from path, query or body, and answers in JSON.
 # It decides nothing.
-
 OPEN = (register, log_in, check_health)  # the operations that need no log-in
 CHAT = web.AppKey("chat", Chat)
 BODY_WAIT = 10  # seconds that a body may take
@@ -1631,7 +1634,6 @@ async def show_file(path: Path, _: web.Request) -> web.StreamResponse:
 # ----------------------------- WebSocket
 # One coroutine a socket: log in, enter the room, then do what frames ask for. One that is refused
 # is answered, and the socket lives on. What it gets is the hub's affair.
-
 CHANGES: dict[str, Operation] = {"edit": edit_message, "delete": delete_message, "read": mark_read}
 
 
@@ -1649,14 +1651,14 @@ async def enter(chat: Chat, socket: Socket, me: Login, data: Fields) -> None:
     room_id = data.text("room_id")
     data.number("after", 0)  # a bad one is refused first
     chat.check_capacity(me)
-    # It is known before its seat is read: what ends its log-in or room before shows there, what
-    # ends them later finds the socket.
+    # Known before its seat is read: what ends log-in or room shows there, or finds the socket.
     chat.hub.enter(socket, me, room_id)
     seat = await chat.visit(me, room_id)
     if seat["role"] is None:
-        mine = Fields({"room_id": room_id, "username": me.username})
-        await set_member(chat, me, mine)
+        mine = {"room_id": room_id, "username": me.username, "client_id": ""}
+        await outcome_of(lambda answer: chat.submit(Post(me, mine, None, answer)))
         seat = await chat.visit(me, room_id)
+        rank_of(seat["role"], seat["kind"], "member")
     seq = seat["seq"]
     chat.hub.see(HERE, room_id, me.username, online=True)
     head = {"room_id": room_id, "seq": seq, "epoch": chat.epoch}
@@ -1761,7 +1763,6 @@ async def connect(request: web.Request) -> web.StreamResponse:
     await ws.prepare(request)
     if request.transport is None:
         return ws
-    # With small kernel buffers a stalled reader shows soon.
     kernel = request.transport.get_extra_info("socket")
     kernel.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 2**16)
     socket = Socket(request.transport)
@@ -1791,7 +1792,6 @@ async def connect(request: web.Request) -> web.StreamResponse:
 # --------------------------- application
 # What stands around every handler, the routes, and how the program starts and stops. It knows no
 # rooms.
-
 OPERATIONS: dict[str, dict[str, Operation]] = {
     "/auth/register": {"POST": register},
     "/auth/token": {"POST": log_in},
@@ -1840,7 +1840,7 @@ def refuse(request: web.Request, error: ChatError) -> web.Response:
 
 @web.middleware
 async def answer_errors(request: web.Request, handler: typedefs.Handler) -> web.StreamResponse:
-    """Turns what is raised into JSON; answers CORS preflights."""
+    """Turns what is raised into JSON."""
     try:
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             return answer()
@@ -1889,7 +1889,7 @@ def create_app(config: Config | None = None) -> web.Application:
 
 
 def serve(config: Config, listener: sockets.socket, ready: abc.Callable[[], None]) -> None:
-    """Runs one process until it is told to stop or has no parent."""
+    """Runs one process until it is told to stop."""
 
     def follow() -> None:
         if parent := multiprocessing.parent_process():
@@ -1962,7 +1962,7 @@ def prepare_process() -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("aiohttp.server", "aiohttp.websocket"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    # It logs a traceback a second for each who waits while no descriptor is left.
+    # It logs a traceback a second for each who waits while no descriptor is left:
     logging.getLogger("asyncio").addFilter(lambda line: "system resource" not in line.msg)
     if sys.platform != "win32":
         import resource
