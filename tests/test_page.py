@@ -25,7 +25,6 @@ from tests.rain import Rain
 pytestmark = pytest.mark.slow
 BAD_WEATHER = r"net::ERR_|WebSocket|status of 40[13]|status of 429"
 GONE = "status of 40[134]"  # requests that were under way when one lost the right to them
-TWICE = "Close received after close"  # of the server, which the page need not mind
 STORE = "chat / "  # begins the names of what the page keeps
 
 
@@ -69,7 +68,7 @@ async def browser(
         browser = Browser(socket)
         reading = tasks.create_task(browser.read())
         yield browser
-        problems = browser.problems(TWICE)
+        problems = browser.problems()
         await browser.close()
         reading.cancel()
     assert problems == []
