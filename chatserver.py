@@ -186,7 +186,7 @@ class ChatError(Exception):
 # What may come in, by the name of its field, be it in a path, a query, a body or a frame. Nothing
 # of it is trusted, and nothing here knows what it is for.
 encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-LARGEST = 2**53  # exact in JSON
+LARGEST = 2**53
 CHARACTER = r"[^\0\ud800-\udfff]"  # no NUL, no half of a pair
 KIND = "public|private|direct"
 ROLE = "member|moderator|owner|banned"
@@ -204,7 +204,7 @@ PATTERNS = {
     "username": ("(?!(?i:me)$)[a-zA-Z0-9][a-zA-Z0-9_.-]{1,31}", "2 to 32 of a-z 0-9 _.-"),
 }
 ANYTHING = (f"{CHARACTER}{{1,4096}}", "text")
-SHOWN = ("message", "name", "q")  # must show something
+SHOWN = ("message", "name", "q")  # must show
 BLANK = {"Zs", "Zl", "Zp", "Cc", "Cf"}  # Unicode's categories
 
 
@@ -1655,6 +1655,7 @@ async def enter(chat: Chat, socket: Socket, me: Login, data: Fields) -> None:
     chat.hub.enter(socket, me, room_id)
     seat = await chat.visit(me, room_id)
     if seat["role"] is None:
+        chat.messages.take(me.username)
         mine = {"room_id": room_id, "username": me.username, "client_id": ""}
         await outcome_of(lambda answer: chat.submit(Post(me, mine, None, answer)))
         seat = await chat.visit(me, room_id)
