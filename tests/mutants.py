@@ -88,6 +88,7 @@ MUTANTS = [
            '    if before == "owner" and leave and role', ROOMS),
     Mutant("a direct room can be taken", "if room_id.startswith(DIRECT) and", "if False and", ROOMS),
     Mutant("rooms are not locked between processes", "ORDER BY room_id FOR UPDATE", "ORDER BY room_id", ROOMS),
+    Mutant("users are not locked between processes", "await fetch(LOCK_USERS, document(asked))", "pass", LESSONS),
     Mutant("changes are not made one at a time", "async with self.writing, self.db", "async with self.db", MESSAGES),
     Mutant("moderators cannot delete", 'rank >= RANKS["moderator"]', 'rank > RANKS["moderator"]', MESSAGES),
     Mutant("moderators can edit", "not (erase and rank", "not (rank", MESSAGES),

@@ -522,17 +522,3 @@ async def test_two_last_owners_cannot_both_go_at_once(chat: Server, there: Serve
     ]
     statuses = [answer.status for answer in await asyncio.gather(*work)]
     assert sorted(statuses) in ([204, 409], [409, 503], [204, 503]), statuses
-
-
-async def test_who_becomes_a_member_while_leaving_for_good_is_none(chat: Server) -> None:
-    """An account that is let into a room while it is being deleted is no member afterwards."""
-    alice, bob = await chat.users("alice", "bob")
-    rooms = [await alice.room() for _ in range(5)]
-    work = [room.owner.put(f"{room.path}/members/{bob.name}") for room in rooms]
-    gone, *_ = await asyncio.gather(bob.delete("/users/me", {"password": PASSWORD}), *work)
-    if gone.status == 503:
-        gone.refused(503, "unavailable")
-        (await bob.delete("/users/me", {"password": PASSWORD})).ok(204)
-    for room in rooms:
-        members = (await alice.get(room.path)).ok()["members"]
-        assert [member["username"] for member in members] == [alice.name]

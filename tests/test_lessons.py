@@ -14,7 +14,7 @@ from tests.conftest import Start
 from tests.engines import held_commits, lonely_account, outage
 from tests.helpers import Room, Server, User
 from tests.sockets import Socket, Wire
-from tests.words import KEY, Answer, until
+from tests.words import KEY, PASSWORD, Answer, until
 
 # --- The writer never stops
 
@@ -185,6 +185,39 @@ async def test_what_the_removed_still_send_is_not_obeyed(chat: Server) -> None:
     await alice.post_in(room, "he is gone")
     assert await room.texts() == ["he is gone"]
     assert len((await alice.get(room.path)).ok()["members"]) == 1
+
+
+async def test_a_log_out_is_answered_after_what_was_sent_before(start: Start) -> None:
+    """A message on its way to the disk in another process is stored before the answer, or never."""
+    chat = await start()
+    there = await start(chat)
+    (alice,) = await chat.talk("alice")
+    async with held_commits(chat) as one_hangs:
+        await alice.send(message="just in time")
+        await one_hangs()
+        logout = asyncio.create_task(alice.user.at(there).post("/auth/logout"))
+        done, _ = await asyncio.wait([logout], timeout=0.5)
+        assert not done
+    (await logout).ok(204)
+    assert await chat.rows("SELECT 1 FROM events WHERE json LIKE '%just in time%'")
+
+
+async def test_who_is_let_in_while_leaving_for_good_is_no_member(start: Start) -> None:
+    """An account that is deleted while it is let into a room elsewhere is not in that room."""
+    chat = await start()
+    there = await start(chat)
+    alice, bob = await chat.users("alice", "bob")
+    room = await alice.room()
+    async with held_commits(chat) as one_hangs:
+        admission = asyncio.create_task(room.admit(bob))
+        await one_hangs()
+        goodbye = bob.at(there).delete("/users/me", {"password": PASSWORD})
+        deletion = asyncio.create_task(goodbye)
+        await asyncio.wait([deletion], timeout=0.5)
+    await admission
+    if (await deletion).status == 503:  # there is a room more to leave
+        (await bob.delete("/users/me", {"password": PASSWORD})).ok(204)
+    assert [one["role"] for one in (await alice.get(room.path)).ok()["members"]] == ["owner"]
 
 
 async def test_what_nobody_told_is_checked_where_it_is_stored(chat: Server) -> None:
