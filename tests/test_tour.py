@@ -66,6 +66,9 @@ def test_the_tour_names_what_is_there() -> None:
             assert code.rstrip(":") in (ROOT / "chatserver.py").read_text("utf-8"), code
     table = TOUR.partition("## Where each promise")[2]
     assert set(re.findall(r"`([A-Za-z_.]+)`", table)) <= names() | {"schema.sql"}
+    for number, unit, name in re.findall(r"([\d,]+)( KiB)?(?: s)?\s\(`([A-Z_]+)`\)", TOUR):
+        value = int(number.replace(",", "")) << (10 if unit else 0)
+        assert getattr(chatserver, name) == value, name
     sections = re.findall(r"^# -+ (\w+)$", Path(chatserver.__file__).read_text(), re.MULTILINE)
     assert set(re.findall(r"section \*(\w+)\*", TOUR)) <= set(sections)
 
