@@ -227,11 +227,13 @@ class Wire:
         """Yield the opcode and payload of each frame, until the connection ends."""
         with suppress(asyncio.IncompleteReadError, ConnectionResetError):
             while True:
-                first, size = await self.reader.readexactly(2)
-                if size > 125:
-                    wide = await self.reader.readexactly(2 if size == 126 else 8)
-                    size = int.from_bytes(wide, "big")
-                yield first & 15, await self.reader.readexactly(size)
+                async with asyncio.timeout(PATIENCE):
+                    first, size = await self.reader.readexactly(2)
+                    if size > 125:
+                        wide = await self.reader.readexactly(2 if size == 126 else 8)
+                        size = int.from_bytes(wide, "big")
+                    payload = await self.reader.readexactly(size)
+                yield first & 15, payload
 
     async def close_code(self) -> int:
         """Read to the end; return the code of the close frame, 1006 if there is none."""
