@@ -315,7 +315,7 @@ async def test_5_who_stops_reading_is_cut_off_and_freed(
 ) -> None:
     """A stalled reader costs less than 1 MiB, delays nobody, and is cut off with 4408."""
     assert chatserver.STALL == 15
-    monkeypatch.setattr(chatserver, "STALL", 2)
+    monkeypatch.setattr(chatserver, "STALL", 1)
     alice, bob = await chat.talk("alice", "bob")
     troll = await chat.user("troll")
     await alice.room.admit(troll)
@@ -333,7 +333,7 @@ async def test_5_who_stops_reading_is_cut_off_and_freed(
             assert time.monotonic() - said < 1
             assert waits(chat, troll.name) < 2**20
             await asyncio.sleep(0.02)
-        assert 1 < time.monotonic() - began < 8
+        assert 0.5 < time.monotonic() - began < 8
         assert socket.transport.is_closing()
         assert await stalled.close_code() in {4408, 1006}
     back = await troll.enter(alice.room, after=0)
@@ -361,7 +361,7 @@ async def test_5_whispers_do_not_pile_up_for_who_stalls(
     """In a room where only typing flows a stalled reader costs as little, and others hear it."""
     assert chatserver.UNSENT <= 2**19
     monkeypatch.setattr(chatserver, "UNSENT", 2**14)
-    alice, *crowd = await chat.talk("alice", *["crowd" + "d" * 18] * 20, word="r" * 50)
+    alice, *crowd = await chat.talk("alice", *["crowd" + "d" * 18] * 12, word="r" * 50)
     troll = await chat.user("troll")
     async with Wire(chat, buffer=4096) as stalled:
         await stalled.upgrade(troll, alice.room)
@@ -373,7 +373,7 @@ async def test_5_whispers_do_not_pile_up_for_who_stalls(
             assert waits(chat, troll.name) < 2**15
         assert waits(chat, troll.name) > 0
     await alice.hears("so far", username=crowd[-1].name)
-    assert len(alice.heard(type="typing")) == 1800
+    assert len(alice.heard(type="typing")) == 1080
 
 
 async def test_5_one_who_reads_slowly_gets_everything(
@@ -389,7 +389,7 @@ async def test_5_one_who_reads_slowly_gets_everything(
         async for opcode, payload in slow.frames():
             if opcode == WSMsgType.TEXT and b'"created_at"' in payload:
                 seen.append(payload)
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.015)
             if len(seen) == 151:
                 break
     assert [b'"seq":%d,' % seq in payload for seq, payload in enumerate(seen, 1)] == [True] * 151
@@ -530,20 +530,22 @@ async def test_6_a_former_removal_does_not_close_who_has_come_back(chat: Server)
 async def test_6_a_token_ends_within_a_second(chat: Server, there: Server) -> None:
     """When a token expires its sockets close with 4401, and nothing that they send is done."""
     alice, bob = await chat.talk("alice", "bob")
-    ends = time.time() + 1.2
-    claims = jwt.decode(bob.user.token, KEY, ["HS256"]) | {"exp": ends}
-    late = User(there, bob.name, jwt.encode(claims, KEY))
-    first, second = await late.enter(bob.room), await late.at(chat).enter(bob.room)
-    closing = asyncio.create_task(first.is_closed())
-    while time.time() < ends:
-        await alice.say("meanwhile")
-        await asyncio.sleep(0.05)
-    await second.send(message="too late")
-    assert await second.is_closed() == 4401
+    claims = jwt.decode(bob.user.token, KEY, ["HS256"])
+    begin = time.time()
+    ends = [begin + number / 4 for number in range(3, 7)]  # one at least before a sweep sees it
+    logins = [User(there, bob.name, jwt.encode(claims | {"exp": end}, KEY)) for end in ends]
+    sockets = [await login.enter(bob.room) for login in logins]
+    idle = await logins[0].enter(bob.room)
+    closing = asyncio.create_task(idle.is_closed())
+    for end, socket in zip(ends, sockets, strict=True):
+        while time.time() <= end:
+            await alice.say("meanwhile")
+        await socket.send(message="too late")
+        assert await socket.is_closed() == 4401
+        assert time.time() - end < 1.7
     assert await closing == 4401
-    assert time.time() - ends < 1.7
     assert "too late" not in await alice.room.texts()
-    (await late.get("/users/me")).refused(401, "unauthorized")
+    (await logins[0].get("/users/me")).refused(401, "unauthorized")
     await bob.say("still here")
 
 
