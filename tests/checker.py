@@ -21,7 +21,7 @@ import aiohttp
 from tests.people import LOST, Event, User, close_code, drop
 from tests.processes import Process, until
 
-NUMBERED = ("message", "edit", "delete", "member", "room")
+NUMBERED = ("message", "edit", "delete", "member")
 COME_AGAIN = {1000, 1001, 1006, 1013}  # codes after which clients come back
 EXPECTED = {
     "POST": {200, 201, 503},

@@ -4,6 +4,7 @@
     python -m tests.mutants "a lost note"    those whose names have this in them
 
 A fault names the test file that should see it; if that does not, the whole fast suite has a try.
+Tests that cannot even be collected would fail with every fault, so that is looked at first.
 """
 
 import re
@@ -173,10 +174,25 @@ def try_out(mutant: Mutant) -> str:
         return run(folder, mutant.tests) or run(folder, *others)
 
 
+def check_start(names: set[str]) -> None:
+    """End unless the tests can be collected with the program as it is."""
+    with tempfile.TemporaryDirectory() as name:
+        copy(Path(name))
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+        command += [f"tests/{name}.py" for name in sorted(names)]
+        done = subprocess.run(command, cwd=name, capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        told = done.stdout[-2000:] + done.stderr[-2000:]
+        sys.exit(f"{told}\nthe tests do not even start without a fault: see above")
+
+
 def main() -> None:
     """Try every fault that is asked for; the exit code counts those that no test saw."""
     wanted = sys.argv[1:]
     chosen = [one for one in MUTANTS if not wanted or any(word in one.name for word in wanted)]
+    if not chosen:
+        sys.exit(f"no fault has {' or '.join(map(repr, wanted))} in its name")
+    check_start({one.tests for one in chosen} | set(SUITE))
     missed = []
     for mutant in chosen:
         began = time.monotonic()

@@ -20,7 +20,7 @@ from aiohttp import web
 import chatserver
 from chatserver import Config, create_app
 from examples.embed import create_site
-from tests import mutants
+from tests import mutants, words
 from tests.browser import Browser, Chromium
 from tests.commands import started, tool
 from tests.conftest import Databases
@@ -34,6 +34,7 @@ SOLUTIONS = sorted(path.stem for path in (DOCS / "solutions").glob("*.patch"))
 # What stands in the tour in code, and is no name of the program: the wire's words and Python's.
 WORDS = {
     *("await", "async", "with", "except", "for", "alive", "json", "sent", "ack", "reset"),
+    *("folded", "edited", "edit", "delete"),
     *("typing", "presence", "unavailable", "client_id", "version", "abort"),
 }
 
@@ -62,21 +63,23 @@ def test_the_tour_names_what_is_there() -> None:
         if re.fullmatch(r"[A-Za-z_]+(\.[a-z_]+)?", code):
             known = names() | {"chatserver.py", "schema.sql"} | WORDS
             assert code in known, code
-        elif re.match(r"if |socket\.", code):
+        elif re.match(r"if |socket\.|folded ", code):
             assert code.rstrip(":") in (ROOT / "chatserver.py").read_text("utf-8"), code
     table = TOUR.partition("## Where each promise")[2]
     assert set(re.findall(r"`([A-Za-z_.]+)`", table)) <= names() | {"schema.sql"}
     for number, unit, name in re.findall(r"([\d,]+)( KiB)?(?: s)?\s\(`([A-Z_]+)`\)", TOUR):
         value = int(number.replace(",", "")) << (10 if unit else 0)
         assert getattr(chatserver, name) == value, name
+    engines = re.findall(r"isinstance\(self\.db, ", (ROOT / "chatserver.py").read_text("utf-8"))
+    assert len(engines) == 4 and "four `isinstance` in `Chat`" in TOUR
     sections = re.findall(r"^# -+ (\w+)$", Path(chatserver.__file__).read_text(), re.MULTILINE)
     assert set(re.findall(r"section \*(\w+)\*", TOUR)) <= set(sections)
 
 
 def test_the_tour_can_be_read_in_an_hour() -> None:
-    """It has fourteen stops in order, each says what happens without it, and is not long."""
+    """It has fifteen stops in order, each says what happens without it, and is not long."""
     stops = re.findall(r"^### (\d+)\. .*?(?=^##|\Z)", TOUR, re.MULTILINE | re.DOTALL)
-    assert [int(number) for number in stops] == list(range(1, 15))
+    assert [int(number) for number in stops] == list(range(1, 16))
     parts = re.split(r"^##+ ", TOUR, flags=re.MULTILINE)
     for part in [part for part in parts if re.match(r"\d", part)]:
         assert "\nRead " in part and ("Without it" in part or part.startswith("10")), part[:40]
@@ -85,10 +88,10 @@ def test_the_tour_can_be_read_in_an_hour() -> None:
 
 def test_the_faults_to_try_are_there() -> None:
     """Each fault that the tour lets one put in is one of those that are known."""
-    tries = re.findall(r"^Try: `python -m tests\.mutants \"(.+)\"`$", TOUR, re.MULTILINE)
+    tries = re.findall(r"^Try: `\.venv/bin/python -m tests\.mutants \"(.+)\"`$", TOUR, re.MULTILINE)
     assert len(tries) >= 10
-    for words in tries:
-        assert len([one for one in mutants.MUTANTS if words in one.name]) == 1, words
+    for part in tries:
+        assert len([one for one in mutants.MUTANTS if part in one.name]) == 1, part
 
 
 def test_the_drawing_names_what_is_there_and_has_dark_colours() -> None:
@@ -127,6 +130,18 @@ def test_exercises_and_solutions_belong_together() -> None:
     for text in (TOUR, EXERCISES):
         for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
             assert (DOCS / link).exists(), link
+
+
+def test_the_hints_name_what_is_there() -> None:
+    """What the introduction of the exercises tells to read, to copy or to switch off exists."""
+    told = EXERCISES.partition("\n## ")[0]
+    known = names() | {name.rpartition(".")[2] for name in names()} | set(vars(words))
+    for code in re.findall("`([^`\n]+)`", told):
+        path, _, name = code.partition("::")
+        if (ROOT / path).is_file():
+            assert f"def {name}" in (ROOT / path).read_text("utf-8") if name else True, code
+        elif re.fullmatch(r"\w+|change\.\w+.*|chat\.change.*", code):
+            assert re.split(r"\W", code.partition("(")[0])[-1] in known | {"data"}, code
 
 
 def run(folder: Path, *command: str) -> None:
