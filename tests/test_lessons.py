@@ -320,7 +320,7 @@ async def test_tokens_end_and_pings_go_out_during_an_outage(
     monkeypatch.setattr(chatserver, "PING", 0.5)
     chat = await start()
     alice, bob = await chat.talk("alice", "bob")
-    claims = jwt.decode(bob.user.token, KEY, ["HS256"]) | {"exp": time.time() + 1}
+    claims = jwt.decode(bob.user.token, KEY, ["HS256"]) | {"exp": int(time.time()) + 2}
     late = await User(chat, bob.name, jwt.encode(claims, KEY)).enter(bob.room)
     async with Wire(chat) as wire:
         await wire.upgrade(alice.user, alice.room)
