@@ -530,7 +530,7 @@ async def test_6_a_former_removal_does_not_close_who_has_come_back(chat: Server)
 async def test_6_a_token_ends_within_a_second(chat: Server, there: Server) -> None:
     """When a token expires its sockets close with 4401, and nothing that they send is done."""
     alice, bob = await chat.talk("alice", "bob")
-    ends = int(time.time()) + 2
+    ends = int(time.time()) + 4
     claims = jwt.decode(bob.user.token, KEY, ["HS256"]) | {"exp": ends}
     login = User(there, bob.name, jwt.encode(claims, KEY))
     idle, busy = await login.enter(bob.room), await login.at(chat).enter(bob.room)
