@@ -572,8 +572,7 @@ DROP_EVENTS = "DELETE FROM events WHERE room_id = $1 AND seq <= $2"
 DROP_REMAINS = """DELETE FROM events
   WHERE room_id IN (SELECT room_id FROM rooms WHERE kind = 'deleted')"""
 LIST_EVENTS = f"{EVENT} WHERE e.room_id = $1 AND e.seq > $2 ORDER BY e.seq LIMIT $3"
-HISTORY = f"""SELECT e.kind, e.json FROM events e
-  WHERE e.kind = 'message' AND e.room_id = $1 AND e.seq > $2 AND e.seq < $3
+HISTORY = f"""{EVENT} WHERE e.kind = 'message' AND e.room_id = $1 AND e.seq > $2 AND e.seq < $3
   AND EXISTS (SELECT 1 FROM rooms r JOIN users u ON u.username = $5 AND u.version = $6
   LEFT JOIN members m ON m.room_id = r.room_id AND m.username = u.username
   WHERE r.room_id = $1 AND r.kind <> 'deleted' AND u.password IS NOT NULL AND {READABLE})"""
