@@ -1,4 +1,4 @@
-"""What went wrong in earlier sketches of this server, and must not again: races and outages."""
+"""What can go wrong in such a server, and must not: races and outages."""
 
 import asyncio
 import json
