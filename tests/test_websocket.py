@@ -419,7 +419,8 @@ async def test_a_silent_peer_is_pinged_and_then_dropped(
     async with Wire(chat) as wire:
         await wire.upgrade(bob.user, bob.room)
         reading = asyncio.create_task(bob.is_closed())  # its library answers pings while it reads
-        pings = [opcode async for opcode, _ in wire.frames() if opcode == WSMsgType.PING]
+        async with asyncio.timeout(8):
+            pings = [opcode async for opcode, _ in wire.frames() if opcode == WSMsgType.PING]
         assert len(pings) >= 2
     await alice.hears(type="presence", online=True)
     assert not reading.done()
