@@ -18,8 +18,9 @@ from typing import Any, Self
 
 import aiohttp
 
-from tests.people import LOST, Event, User, close_code, drop
-from tests.processes import Process, until
+from tests.people import LOST, User, close_code, drop
+from tests.processes import Process
+from tests.words import Event, until
 
 NUMBERED = ("message", "edit", "delete", "member")
 COME_AGAIN = {1000, 1001, 1006, 1013}  # codes after which clients come back

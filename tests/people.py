@@ -11,10 +11,8 @@ from typing import Any, NamedTuple, Protocol, Self
 import aiohttp
 from yarl import URL
 
-from tests.processes import PATIENCE
+from tests.words import PASSWORD, PATIENCE, Event
 
-PASSWORD = "1234"
-Event = dict[str, Any]
 LOST = (aiohttp.ClientError, OSError, TimeoutError)  # what clients meet when a process is gone
 
 

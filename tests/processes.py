@@ -22,24 +22,13 @@ import asyncpg
 from aiohttp import web
 
 from chatserver import Config
+from tests.words import KEY, NO_LIMITS, PATIENCE, until
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "chatserver.py"
-KEY = "a key of the tests that is long enough for each algorithm: 64 bytes, and more"
-PATIENCE = 10.0
 SETTINGS = {field.name: field.default for field in fields(Config)}
-LIMITS = [name for name in SETTINGS if name.endswith(("_second", "_minute", "_hour"))]
-NO_LIMITS = dict.fromkeys([*LIMITS, "sockets_per_user", "sockets"], 0)
 LISTENING = r"^chatserver listening on (http://\S+)\n"
 TROUBLE = ("Traceback", "Warning:", "was never awaited", "was destroyed", "Unclosed ", "never retr")
-
-
-async def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> None:
-    """Wait until a condition holds; `what` says what was waited for when it never does."""
-    deadline = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {patience:.1f} s for {what}"
-        await asyncio.sleep(0.01)
 
 
 def environment(settings: Mapping[str, Any]) -> dict[str, str]:

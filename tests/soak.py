@@ -23,17 +23,9 @@ from typing import NamedTuple
 
 from tests import postgres
 from tests.checker import Trial
-from tests.people import PASSWORD, User, company, handshake
-from tests.processes import (
-    ROOT,
-    Process,
-    cut_connections,
-    descriptors,
-    memory,
-    query,
-    running,
-    until,
-)
+from tests.people import User, company, handshake
+from tests.processes import ROOT, Process, cut_connections, descriptors, memory, query, running
+from tests.words import PASSWORD, until
 
 # Tells at a signal how many tasks run.
 PROBE = f"""

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.checker import Record, Stream, Trial, judge
-from tests.people import Event, company
+from tests.people import company
 from tests.processes import PROGRAM, ROOT, running
+from tests.words import Event
 
 # What is broken, where in the program, how, and what the checker may call it.
 BROKEN: dict[str, tuple[str, str, set[str]]] = {

@@ -17,8 +17,9 @@ from oauthlib.oauth2 import (  # type: ignore[import-untyped]
 from requests_oauthlib import OAuth2Session  # type: ignore[import-untyped]
 from websockets.asyncio.client import connect
 
-from tests.people import PASSWORD, User, company
+from tests.people import User, company
 from tests.processes import Process, running
+from tests.words import PASSWORD
 
 pytestmark = pytest.mark.slow
 

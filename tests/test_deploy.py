@@ -18,7 +18,8 @@ from chatserver import Config
 from tests.commands import copy_program, run, started, tool
 from tests.people import At, enrol
 from tests.postgres import free_port
-from tests.processes import ROOT, SETTINGS, Process, running, until
+from tests.processes import ROOT, SETTINGS, Process, running
+from tests.words import until
 
 DEPLOY = ROOT / "deploy"
 UPSTREAM = "127.0.0.1:8000"  # where the snippets expect the server

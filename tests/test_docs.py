@@ -17,7 +17,8 @@ from tests.browser import Browser, Chromium, Tab
 from tests.commands import tool
 from tests.conftest import missing
 from tests.document import OPERATIONS
-from tests.processes import KEY, ROOT, serving
+from tests.processes import ROOT, serving
+from tests.words import KEY
 
 pytestmark = pytest.mark.slow
 SCRIPT = (ROOT / "web" / "docs.js").read_text("utf-8")

@@ -15,7 +15,8 @@ from aiohttp import web
 from chatserver import CHAT, Config, create_app
 from tests.conftest import Databases
 from tests.people import At, User, enrol
-from tests.processes import KEY, serving
+from tests.processes import serving
+from tests.words import KEY
 
 
 @pytest.fixture

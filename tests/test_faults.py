@@ -34,8 +34,8 @@ from tests.processes import (
     descriptors,
     memory,
     running,
-    until,
 )
+from tests.words import until
 
 pytestmark = pytest.mark.slow
 UNAVAILABLE = {"type": "error", "error": "unavailable"}

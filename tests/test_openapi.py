@@ -17,7 +17,8 @@ import chatserver
 from chatserver import Config, create_app
 from tests.conftest import Databases, Start
 from tests.document import COMPONENTS, DOCUMENT, FILE, GUIDE, OPERATIONS, Api, examples, validate
-from tests.processes import KEY, running
+from tests.processes import running
+from tests.words import KEY
 
 SOCKET = "/websockets/chat/{room_id}"
 

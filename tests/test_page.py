@@ -18,9 +18,10 @@ import chatserver
 from chatserver import Config, create_app
 from tests.browser import Browser, Chromium, Tab, program
 from tests.conftest import missing
-from tests.people import PASSWORD, At, User, enrol
-from tests.processes import KEY, NO_LIMITS, Process, serving
+from tests.people import At, User, enrol
+from tests.processes import Process, serving
 from tests.rain import Rain
+from tests.words import KEY, NO_LIMITS, PASSWORD
 
 pytestmark = pytest.mark.slow
 BAD_WEATHER = r"net::ERR_|WebSocket|status of 40[13]|status of 429"

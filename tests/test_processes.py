@@ -18,17 +18,8 @@ import pytest
 from tests import postgres
 from tests.checker import Trial
 from tests.people import Chat, User, company
-from tests.processes import (
-    KEY,
-    Process,
-    Wire,
-    cut_connections,
-    is_clean,
-    query,
-    running,
-    session_of,
-    until,
-)
+from tests.processes import Process, Wire, cut_connections, is_clean, query, running, session_of
+from tests.words import KEY, until
 
 pytestmark = pytest.mark.slow
 

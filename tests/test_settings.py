@@ -25,7 +25,6 @@ from tests import postgres
 from tests.conftest import Databases
 from tests.people import below, company, drop
 from tests.processes import (
-    KEY,
     PROGRAM,
     ROOT,
     SETTINGS,
@@ -36,6 +35,7 @@ from tests.processes import (
     running,
     serving,
 )
+from tests.words import KEY
 
 DEFAULTS = {name: str(default) for name, default in SETTINGS.items()}
 SOURCES = ("config.ini", ".env", "environment", "command line")

@@ -24,8 +24,9 @@ from tests import mutants, words
 from tests.browser import Browser, Chromium
 from tests.commands import started, tool
 from tests.conftest import Databases
-from tests.people import PASSWORD, At, Event, User, enrol
-from tests.processes import KEY, NO_LIMITS, ROOT, serving
+from tests.people import At, User, enrol
+from tests.processes import ROOT, serving
+from tests.words import KEY, NO_LIMITS, PASSWORD, Event
 
 DOCS, EXAMPLES = ROOT / "docs", ROOT / "examples"
 TOUR = (DOCS / "tour.md").read_text("utf-8")
