@@ -15,8 +15,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -344,3 +344,31 @@ class Tab:
         text = {"text": "\r"} if key == "Enter" else {}
         await self.call("Input.dispatchKeyEvent", type="keyDown", **stroke, **text)
         await self.call("Input.dispatchKeyEvent", type="keyUp", **stroke)
+
+
+@asynccontextmanager
+async def connected(address: str, *forgiven: str) -> AsyncIterator[Browser]:
+    """Speak to a browser in the block; in the end no page has complained but as forgiven."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(address, max_msg_size=0) as socket,
+        asyncio.TaskGroup() as tasks,
+    ):
+        browser = Browser(socket)
+        reading = tasks.create_task(browser.read())
+        yield browser
+        problems = browser.problems(*forgiven)
+        await browser.close()
+        reading.cancel()
+    assert problems == []
+
+
+@asynccontextmanager
+async def browsing(path: str, *forgiven: str) -> AsyncIterator[Browser]:
+    """Run a browser for as long as the block lasts, and speak to it."""
+    chromium = Chromium(path)
+    try:
+        async with connected(chromium.address(), *forgiven) as browser:
+            yield browser
+    finally:
+        chromium.close()

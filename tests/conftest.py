@@ -5,6 +5,7 @@ on the same database, `there`, is another process to all intents: they share no 
 belongs to one process, so on SQLite `there` is `chat` itself. `start` makes a server of one's own.
 """
 
+import asyncio
 import os
 import shutil
 import signal
@@ -220,3 +221,12 @@ def is_clean(caplog: pytest.LogCaptureFixture) -> None:
         if record.levelname in ("ERROR", "CRITICAL") or record.exc_info
     ]
     assert not faults, faults
+
+
+@pytest.fixture
+async def brisk() -> AsyncIterator[None]:
+    """Take the clients' own loop out of its debug mode, for they have much to do."""
+    loop = asyncio.get_running_loop()
+    loop.set_debug(False)
+    yield
+    loop.set_debug(True)

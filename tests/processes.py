@@ -163,7 +163,8 @@ async def serving(app: web.Application) -> AsyncIterator[str]:
 def is_clean(log: str) -> None:
     """Check that a log tells of no crash, no warning of Python's and nothing left behind."""
     for sign in TROUBLE:
-        assert sign not in log, log[:2000]
+        before, found, after = log.partition(sign)
+        assert not found, f"{before[-1000:]}{found}{after[:3000]}"
 
 
 # --- Postgres, and a wire to it that can be cut

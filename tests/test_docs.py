@@ -1,6 +1,5 @@
 """The pages of the API in a real Chromium: Swagger UI, ReDoc, and the list when neither comes."""
 
-import asyncio
 import json
 import re
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from chatserver import Config, create_app
-from tests.browser import Browser, Chromium, Tab
+from tests.browser import Browser, Tab, browsing
 from tests.commands import tool
 from tests.conftest import missing
 from tests.document import OPERATIONS
@@ -30,22 +29,8 @@ ALICE = {"username": "alice", "email": "alice@example.com", "password": "1234"}
 @pytest.fixture
 async def browser() -> AsyncIterator[Browser]:
     """Give a browser; after the test no page has complained about anything unforgiven."""
-    chromium = Chromium(tool("chromium", "chromium-browser"))
-    try:
-        async with (
-            aiohttp.ClientSession() as session,
-            session.ws_connect(chromium.address(), max_msg_size=0) as socket,
-            asyncio.TaskGroup() as tasks,
-        ):
-            browser = Browser(socket)
-            reading = tasks.create_task(browser.read())
-            yield browser
-            problems = browser.problems(REDOC_LOGO)
-            await browser.close()
-            reading.cancel()
-        assert problems == []
-    finally:
-        chromium.close()
+    async with browsing(tool("chromium", "chromium-browser"), REDOC_LOGO) as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ from tests.processes import (
 )
 from tests.words import until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("brisk")]
 UNAVAILABLE = {"type": "error", "error": "unavailable"}
 
 
@@ -49,15 +49,6 @@ async def trying(processes: list[Process], users: list[User], **more: Any) -> As
     async with trial:
         yield trial
     assert trial.problems == []
-
-
-@pytest.fixture(autouse=True)
-async def brisk() -> AsyncIterator[None]:
-    """Take the clients' own loop out of its debug mode, for they have much to do."""
-    loop = asyncio.get_running_loop()
-    loop.set_debug(False)
-    yield
-    loop.set_debug(True)
 
 
 async def again(process: Process, *, kill: bool = True) -> None:

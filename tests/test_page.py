@@ -16,7 +16,7 @@ from aiohttp import web
 
 import chatserver
 from chatserver import Config, create_app
-from tests.browser import Browser, Chromium, Tab, program
+from tests.browser import Browser, Chromium, Tab, connected, program
 from tests.conftest import missing
 from tests.people import At, User, enrol
 from tests.processes import Process, serving
@@ -57,22 +57,11 @@ async def rain(house: str) -> AsyncIterator[Rain]:
 
 
 @pytest.fixture
-async def browser(
-    chromium: str, rain: Rain, session: aiohttp.ClientSession
-) -> AsyncIterator[Browser]:
+async def browser(chromium: str, rain: Rain) -> AsyncIterator[Browser]:
     """Give the browser; after the test no page has complained about anything unforgiven."""
     del rain  # but the pages close before the weather ends
-    async with (
-        session.ws_connect(chromium, max_msg_size=0) as socket,
-        asyncio.TaskGroup() as tasks,
-    ):
-        browser = Browser(socket)
-        reading = tasks.create_task(browser.read())
+    async with connected(chromium) as browser:
         yield browser
-        problems = browser.problems()
-        await browser.close()
-        reading.cancel()
-    assert problems == []
 
 
 @asynccontextmanager

@@ -1,7 +1,6 @@
 """What is there for learners: the tour names what exists, exercises are solved, examples run."""
 
 import ast
-import asyncio
 import builtins
 import re
 import subprocess
@@ -21,7 +20,7 @@ import chatserver
 from chatserver import Config, create_app
 from examples.embed import create_site
 from tests import mutants, words
-from tests.browser import Browser, Chromium
+from tests.browser import browsing
 from tests.commands import started, tool
 from tests.conftest import Databases
 from tests.people import At, User, enrol
@@ -223,34 +222,14 @@ async def test_the_bot_answers(tmp_path: Path) -> None:
                     assert re.fullmatch(rf"{alice.name} rolls [1-6]", said["message"])
 
 
-@asynccontextmanager
-async def browsing() -> AsyncIterator[Browser]:
-    """Run a browser for as long as the block lasts; no page has complained but as forgiven."""
-    chromium = Chromium(tool("chromium", "chromium-browser"))
-    try:
-        async with (
-            aiohttp.ClientSession() as session,
-            session.ws_connect(chromium.address(), max_msg_size=0) as socket,
-            asyncio.TaskGroup() as tasks,
-        ):
-            browser = Browser(socket)
-            reading = tasks.create_task(browser.read())
-            yield browser
-            problems = browser.problems()
-            await browser.close()
-            reading.cancel()
-        assert problems == []
-    finally:
-        chromium.close()
-
-
 @pytest.mark.slow
 async def test_the_page_elsewhere_is_let_in_where_its_origin_is_allowed(tmp_path: Path) -> None:
     """A page of another origin logs in, hears and says, but not where its site is not named."""
     elsewhere = web.Application()
     elsewhere.router.add_static("/", EXAMPLES)
     (tmp_path / "closed").mkdir()
-    async with serving(elsewhere) as origin, browsing() as browser:
+    chromium = tool("chromium", "chromium-browser")
+    async with serving(elsewhere) as origin, browsing(chromium) as browser:
         allowed = settings(tmp_path, allowed_origins=f"https://example.org, {origin}")
         closed = settings(tmp_path / "closed")
         async with serving(create_app(allowed)) as url, serving(create_app(closed)) as other:
