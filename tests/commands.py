@@ -14,12 +14,12 @@ from tests.conftest import missing
 from tests.processes import ROOT
 
 Program = asyncio.subprocess.Process
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 def tool(*names: str) -> str:
     """Return the path of a program that a test needs, by one of its names, or skip the test."""
-    places = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    found = [path for name in names if (path := shutil.which(name, path=places))]
+    found = [path for name in names if (path := shutil.which(name, path=PATH))]
     if not found:
         missing(f"no {names[0]}")
     return found[0]
@@ -30,7 +30,7 @@ async def started(
     *command: str, folder: Path, errors: Any = None, **variables: Any
 ) -> AsyncIterator[Program]:
     """Run a program in a folder for as long as the block lasts, and all that it starts."""
-    pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": errors}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
     place: Any = {"cwd": folder, "env": {**os.environ, **variables}, "start_new_session": True}
     name, *arguments = command
     program = await asyncio.create_subprocess_exec(name, *arguments, **pipes, **place)
@@ -42,11 +42,11 @@ async def started(
         await program.communicate()
 
 
-async def run(*command: str, folder: Path, **variables: Any) -> tuple[int | None, str]:
-    """Run a program to its end; return its exit code and what it prints and complains about."""
+async def run(*command: str, folder: Path, typed: str = "", **variables: Any) -> tuple[int, str]:
+    """Run a program to its end, and type this; return its exit code and all that it says."""
     async with started(*command, folder=folder, errors=subprocess.STDOUT, **variables) as program:
-        out, _ = await program.communicate()
-    return program.returncode, out.decode().strip()
+        out, _ = await asyncio.wait_for(program.communicate(typed.encode()), 60)
+    return int(program.returncode or 0), out.decode().strip()
 
 
 def copy_program(folder: Path) -> None:
