@@ -111,6 +111,12 @@ class Process:
             os.kill(pid, signal.SIGKILL)
         self.popen.wait(PATIENCE)
 
+    async def again(self) -> None:
+        """Kill it, if it still runs, and start it again."""
+        self.kill()
+        self.start()
+        await self.ready()
+
     @asynccontextmanager
     async def frozen(self) -> AsyncIterator[None]:
         """Stop it for as long as the block lasts, as a machine that hangs would."""
