@@ -9,26 +9,26 @@ import asyncio
 import itertools
 import json
 import random
-import secrets
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-import aiohttp
+from aiohttp import WSMsgType
 
-from tests.people import LOST, User, close_code, drop
+from tests.people import LOST, User, drop
 from tests.processes import Process
-from tests.words import Event, until
+from tests.words import NUMBERED, Event, unique, until
 
-NUMBERED = ("message", "edit", "delete", "member")
 COME_AGAIN = {1000, 1001, 1006, 1013}  # codes after which clients come back
 EXPECTED = {
     "POST": {200, 201, 503},
     "PATCH": {200, 403, 404, 503},  # another's message, or one that was deleted
     "DELETE": {204, 403, 404, 503},
 }
+# What an event is for ever, whatever has become of its text.
+ESSENCE = ("seq", "type", "username", "created_at", "client_id", "target", "member", "role")
 
 
 @dataclass
@@ -60,20 +60,9 @@ class Record:
             self.complaints.append(f"moved: {client_id} was {self.ok[client_id]}, then {seq}")
 
 
-def essence(event: Event) -> list[Any]:
-    """Return what an event is for ever, whatever has become of its text."""
-    keys = ("seq", "type", "username", "created_at", "client_id", "target", "member", "role")
-    return [event.get(key) for key in keys]
-
-
 def judge(record: Record, log: Sequence[Event], head: int) -> list[str]:
     """Return every broken promise, each beginning with the name of its kind."""
-    return [*record.complaints, *judge_log(record, log), *judge_streams(record, log, head)]
-
-
-def judge_log(record: Record, log: Sequence[Event]) -> list[str]:
-    """Hold the log against what was sent: ok is there once, unknown at most once, no gap."""
-    found = []
+    found = list(record.complaints)
     by_seq = {event["seq"]: event for event in log}
     if [event["seq"] for event in log] != list(range(1, len(log) + 1)):
         found.append(f"gap: of 1 to {len(log)} {sorted(set(range(1, len(log))) - set(by_seq))}")
@@ -85,20 +74,14 @@ def judge_log(record: Record, log: Sequence[Event]) -> list[str]:
             found.append(f"lost: {client_id} was acknowledged as {seq}")
         elif event.get("message") not in (None, "edited", record.sent[client_id]):
             found.append(f"garbled: {client_id} is now {event['message']!r}")
-    return found
-
-
-def judge_streams(record: Record, log: Sequence[Event], head: int) -> list[str]:
-    """Hold every stream against the log: the same events in order, each once, up to the head."""
-    found = []
-    by_seq = {event["seq"]: event for event in log}
     for stream in record.streams:
         for wanted, event in enumerate(stream.events, stream.start + 1):
+            stored = by_seq.get(event["seq"], {})
             if (seq := event["seq"]) != wanted:
                 found.append(f"{'repeat' if seq < wanted else 'hole'}: {seq} came for {wanted}")
                 break
-            if essence(event) != essence(by_seq.get(seq, {})):
-                found.append(f"other: {seq} came as {event}, the log has {by_seq.get(seq)}")
+            if any(event.get(key) != stored.get(key) for key in ESSENCE):
+                found.append(f"other: {seq} came as {event}, the log has {stored}")
                 break
         if stream.live and stream.last < head:
             found.append(f"behind: a reader saw {stream.last} of {head}")
@@ -119,50 +102,46 @@ class Trial:
         seed: int = 1,
     ) -> None:
         """Prepare so many writers and readers; they go where the processes are at the moment."""
-        self.processes, self.room = processes, room
+        self.processes, self.room, self.counts = processes, room, counts
         self.users = itertools.cycle(users)
-        self.chances = [random.Random(f"{seed} {n}") for n in range(sum(counts) + 1)]  # noqa: S311
-        self.counts = counts
+        self.chance = random.Random(seed)  # noqa: S311
         self.record = Record()
-        self.done = asyncio.Event()
+        self.over = False
         self.end = ""  # the client_id of the last message, which readers wait for
         self.problems: list[str] = []
 
     async def __aenter__(self) -> Self:
         """Let everybody loose: writers by socket and by post, readers who stay and who drop."""
-        first, *chances = self.chances
-        works = [self.meddle(next(self.users), first)]
         ways = itertools.cycle([self.write_by_socket, self.write_by_socket, self.write_by_post])
-        works += [next(ways)(next(self.users), chance) for chance in chances[: self.counts[0]]]
+        works = [self.meddle(), *(way() for way in itertools.islice(ways, self.counts[0]))]
         self.writers = [asyncio.create_task(work) for work in works]
-        self.readers = [
-            asyncio.create_task(self.read(next(self.users), chance, stay=number % 2 == 0))
-            for number, chance in enumerate(chances[self.counts[0] :])
-        ]
+        reads = [self.read(stay=number % 2 == 0) for number in range(self.counts[1])]
+        self.readers = [asyncio.create_task(read) for read in reads]
         return self
 
     async def __aexit__(self, kind: object, *_: object) -> None:
         """Let writers finish and readers reach the head, then judge."""
+        tasks = [*self.writers, *self.readers]
         try:
             if kind is None:
-                await self.finish(self.patience)
+                await self.finish(tasks)
         finally:
-            for task in (*self.writers, *self.readers):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self.writers, *self.readers, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def finish(self, patience: float) -> None:
+    async def finish(self, tasks: list[asyncio.Task[None]]) -> None:
         """Bring everything to its end and hold it against the log of every process."""
-        self.done.set()
-        _, stuck = await asyncio.wait(self.writers, timeout=patience)
+        self.over = True
+        _, stuck = await asyncio.wait(self.writers, timeout=self.patience)
+        self.record.complaints += [f"stuck: {task.get_coro()}" for task in stuck]
         self.end = self.next_id()
         with suppress(TimeoutError):
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(self.patience):
                 while not await self.post(next(self.users), self.end):
                     await asyncio.sleep(0.1)
                 await asyncio.wait(self.readers)
-        self.record.complaints += [f"stuck: {task.get_coro()}" for task in stuck]
-        for task in (*self.writers, *self.readers):
+        for task in tasks:
             if task.done():
                 task.result()
         logs = [await self.read_log(process) for process in self.processes]
@@ -172,12 +151,15 @@ class Trial:
 
     async def read_log(self, process: Process) -> list[Event]:
         """Return the log as a process tells it, or as much of it as comes."""
-        log: list[Event] = []
+        stream = Stream(0)
         with suppress(*LOST):
-            await next(self.users).at(process).log(self.room, log)
-            return log
+            async with self.connect(next(self.users).at(process), "?after=0") as ws:
+                head = (await self.receive(ws))["seq"]
+                while stream.last < head:
+                    await self.receive(ws, stream)
+            return stream.events
         self.record.complaints.append("stuck: the log is not told to its end")
-        return log
+        return stream.events
 
     async def more(self, count: int, patience: float = 30) -> None:
         """Wait until so many more sends are ok."""
@@ -186,117 +168,116 @@ class Trial:
 
     def next_id(self) -> str:
         """Return a client_id with a text of its own, noted as sent."""
-        client_id = secrets.token_hex(6)
+        client_id = unique("id")
         self.record.sent[client_id] = f"text of {client_id}"
         return client_id
 
-    def choose_id(self, chance: random.Random, pending: str | None, mine: list[str]) -> str:
+    def choose_id(self, pending: str | None, mine: list[str]) -> str:
         """Return what to send: what is unknown again, or what was ok long ago, or something new."""
-        if pending and chance.random() < 0.8:
+        if pending and self.chance.random() < 0.8:
             return pending  # else it stays unknown for ever
-        if mine and chance.random() < 0.05:
-            return chance.choice(mine)
+        if mine and self.chance.random() < 0.05:
+            return self.chance.choice(mine)
         mine.append(self.next_id())
         return mine[-1]
 
     # --- What clients do
 
-    async def ask(self, user: User, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        """Send a request to any process; return the status and the JSON, 0 if it was lost."""
-        url = f"{random.choice(self.processes).url}/rooms/{self.room}/messages{path}"  # noqa: S311
+    def anywhere(self, user: User) -> User:
+        """Return a user at any of the processes."""
+        return user.at(self.chance.choice(self.processes))
+
+    async def ask(self, user: User, method: str, path: str, body: Any = None) -> Any:
+        """Send a request to any process; return the JSON of a success, else nothing."""
+        url = f"{self.anywhere(user).place.url}/rooms/{self.room}/messages{path}"
         headers = {"Authorization": f"Bearer {user.token}"}
-        try:
+        with suppress(*LOST):
             async with user.session.request(method, url, json=body, headers=headers) as answer:
                 data = await answer.read()
-        except LOST:
-            return 0, None
-        if answer.status not in EXPECTED[method]:
-            self.record.complaints.append(
-                f"status: {method} {path}: {answer.status} {data[:200]!r}"
-            )
-        return answer.status, json.loads(data or b"null")
+            if answer.status not in EXPECTED[method]:
+                self.record.complaints.append(f"status: {method} {path}: {answer.status} {data!r}")
+            return json.loads(data) if data and answer.ok else None
+        return None
 
-    async def post(self, user: User, client_id: str) -> int | None:
-        """Post a message; return its number or None."""
+    async def post(self, user: User, client_id: str) -> bool:
+        """Post a message; return whether it is stored."""
         body = {"message": self.record.sent[client_id], "client_id": client_id}
-        status, event = await self.ask(user, "POST", "", body)
-        if status not in (200, 201):
-            return None
-        self.record.acknowledge(client_id, event["seq"])
-        return int(event["seq"])
+        if event := await self.ask(user, "POST", "", body):
+            self.record.acknowledge(client_id, event["seq"])
+        return event is not None
 
-    async def write_by_post(self, user: User, chance: random.Random) -> None:
+    async def write_by_post(self) -> None:
         """Post until it is over, most unknown messages again."""
-        pending, mine = None, list[str]()
-        while not self.done.is_set():
-            client_id = self.choose_id(chance, pending, mine)
+        user, pending, mine = next(self.users), None, list[str]()
+        while not self.over:
+            client_id = self.choose_id(pending, mine)
             pending = None if await self.post(user, client_id) else client_id
             await asyncio.sleep(0.1 if pending else 0.005)
 
-    async def meddle(self, user: User, chance: random.Random) -> None:
+    async def meddle(self) -> None:
         """Edit and delete what was stored."""
-        while not self.done.is_set():
+        user = next(self.users)
+        while not self.over:
             await asyncio.sleep(0.1)
             if self.record.ok:
-                path = f"/{chance.choice(list(self.record.ok.values()))}"
-                method, body = chance.choice([("PATCH", {"message": "edited"}), ("DELETE", None)])
-                await self.ask(user, method, path, body)
+                path = f"/{self.chance.choice(list(self.record.ok.values()))}"
+                method = self.chance.choice(["PATCH", "DELETE"])
+                await self.ask(user, method, path, {"message": "edited"})
 
-    async def write_by_socket(self, user: User, chance: random.Random) -> None:
+    async def write_by_socket(self) -> None:
         """Send until it is over, with a stream of its own on every connection."""
-        pending, mine = None, list[str]()
-        while not self.done.is_set():
+        user, pending, mine = next(self.users), None, list[str]()
+        while not self.over:
             with suppress(*LOST):
-                async with self.connect(user) as ws:
+                async with self.connect(self.anywhere(user)) as ws:
                     stream = Stream((await self.receive(ws))["seq"])
                     self.record.streams.append(stream)
-                    while not self.done.is_set():
-                        pending = self.choose_id(chance, pending, mine)
-                        body = {"message": self.record.sent[pending], "client_id": pending}
-                        await ws.send_json(body)
-                        if seq := await self.outcome(ws, stream, pending):
-                            self.record.acknowledge(pending, seq)
-                            pending = None
+                    while not self.over:
+                        pending = self.choose_id(pending, mine)
+                        text = self.record.sent[pending]
+                        await ws.send_json({"message": text, "client_id": pending})
+                        pending = None if await self.is_stored(ws, stream, pending) else pending
                         await asyncio.sleep(0.1 if pending else 0.005)
             await asyncio.sleep(0.05)
 
-    async def outcome(self, ws: Any, stream: Stream, client_id: str) -> int | None:
+    async def is_stored(self, ws: Any, stream: Stream, client_id: str) -> bool:
         """Read until a send is answered: by its event, by an ack, or by an error."""
         while (frame := await self.receive(ws, stream)).get("client_id") != client_id:
             pass
         if frame["type"] != "error":
-            return int(frame["seq"])
-        if frame["error"] != "unavailable":
+            self.record.acknowledge(client_id, frame["seq"])
+        elif frame["error"] != "unavailable":
             self.record.complaints.append(f"refused: {frame}")
-        return None
+        return bool(frame["type"] != "error")
 
-    async def read(self, user: User, chance: random.Random, *, stay: bool) -> None:
+    async def read(self, *, stay: bool) -> None:
         """Follow the log from its beginning to the last message, over drops and losses."""
-        stream = Stream(0, live=True)
+        user, stream = next(self.users), Stream(0, live=True)
         self.record.streams.append(stream)
         while True:
             with suppress(*LOST):
-                async with self.connect(user, f"?after={stream.last}") as ws:
-                    for _ in range(10**6 if stay else chance.randrange(1, 150)):
+                async with self.connect(self.anywhere(user), f"?after={stream.last}") as ws:
+                    for _ in range(10**6 if stay else self.chance.randrange(1, 150)):
                         frame = await self.receive(ws, stream)
                         if self.end and frame.get("client_id") == self.end:
                             return
-                    if chance.random() < 0.7:  # as in a tunnel
+                    if self.chance.random() < 0.7:
                         drop(ws)
             await asyncio.sleep(0.05)
 
     def connect(self, user: User, query: str = "") -> Any:
-        """Open a socket to any process."""
-        url = f"{random.choice(self.processes).url}/websockets/chat/{self.room}{query}"  # noqa: S311
+        """Open a socket."""
+        url = f"{user.place.url}/websockets/chat/{self.room}{query}"
         headers = {"Authorization": f"Bearer {user.token}"}
         return user.session.ws_connect(url, headers=headers, max_msg_size=0)
 
     async def receive(self, ws: Any, stream: Stream | None = None) -> Event:
         """Return the next frame; what has a number goes into the stream."""
         message = await ws.receive(timeout=20)
-        if message.type is not aiohttp.WSMsgType.TEXT:
-            if close_code(message) not in COME_AGAIN:
-                self.record.complaints.append(f"closed: {close_code(message)} {message.extra}")
+        if message.type is not WSMsgType.TEXT:
+            code = message.data if message.type is WSMsgType.CLOSE else 1006
+            if code not in COME_AGAIN:
+                self.record.complaints.append(f"closed: {code} {message.extra}")
             raise ConnectionResetError
         frame: Event = json.loads(message.data)
         if stream and frame["type"] in NUMBERED:
@@ -304,3 +285,14 @@ class Trial:
         if frame["type"] == "reset":
             self.record.complaints.append(f"reset: {frame}")
         return frame
+
+
+@asynccontextmanager
+async def trying(
+    processes: Sequence[Process], users: Sequence[User], **more: Any
+) -> AsyncIterator[Trial]:
+    """Let writers and readers loose in a new room; afterwards no promise is broken."""
+    room = await users[0].room(*users[1:])
+    async with Trial(processes, users, room, **more) as trial:
+        yield trial
+    assert trial.problems == []

@@ -1,6 +1,8 @@
 """Who the tests are about: a server, its users and their rooms."""
 
 import sqlite3
+from contextlib import closing
+from functools import partialmethod
 from typing import Any, NamedTuple
 
 from aiohttp import web
@@ -72,26 +74,17 @@ class Server:
         room = await users[0].room(*users[1:], **options)
         return [await user.enter(room) for user in users]
 
-    async def rows(self, sql: str) -> list[tuple[Any, ...]]:
-        """Return the rows of a statement, read past the server."""
+    async def rows(self, sql: str) -> list[Any]:
+        """Return the rows of a statement, run past the server."""
         url = self.config.database_url
         if self.shared:
             return await postgres.read(url, sql)
-        connection = sqlite3.connect(url.removeprefix("sqlite:///"))
-        try:
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection, connection:
             return connection.execute(sql).fetchall()
-        finally:
-            connection.close()
 
     async def change(self, sql: str) -> None:
         """Run a statement past the server, which tells nobody."""
-        url = self.config.database_url
-        if self.shared:
-            await postgres.execute(url, sql)
-            return
-        with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
-            connection.execute(sql)
-        connection.close()
+        await self.rows(sql)
 
     async def forget(self) -> None:
         """Close what the tests left open; the server then knows of no socket and no room."""
@@ -160,25 +153,11 @@ class User:
             options["json"] = body
         return await self.server.ask(method, path, self.token, **options)
 
-    async def get(self, path: str) -> Answer:
-        """GET a path."""
-        return await self.ask("GET", path)
-
-    async def post(self, path: str, body: Any = None) -> Answer:
-        """POST to a path."""
-        return await self.ask("POST", path, body)
-
-    async def put(self, path: str, body: Any = None) -> Answer:
-        """PUT a path."""
-        return await self.ask("PUT", path, body)
-
-    async def patch(self, path: str, body: Any = None) -> Answer:
-        """PATCH a path."""
-        return await self.ask("PATCH", path, body)
-
-    async def delete(self, path: str, body: Any = None) -> Answer:
-        """DELETE a path."""
-        return await self.ask("DELETE", path, body)
+    get = partialmethod(ask, "GET")
+    post = partialmethod(ask, "POST")
+    put = partialmethod(ask, "PUT")
+    patch = partialmethod(ask, "PATCH")
+    delete = partialmethod(ask, "DELETE")
 
     async def room(self, *members: "User", kind: str = "public", word: str = "room") -> Room:
         """Make a room of one's own, with these members in it."""

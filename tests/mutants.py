@@ -141,6 +141,14 @@ class Mutant(NamedTuple):
 MUTANTS = [Mutant(tests, *fault) for tests, faults in FAULTS.items() for fault in faults]
 
 
+def copy(to: Path) -> None:
+    """Copy what the tests need."""
+    for name in WHOLE:
+        shutil.copy(ROOT / name, to)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
 def run(folder: Path, *names: str) -> str:
     """Run tests in a folder until one fails; return its name, or nothing if none does."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
@@ -164,11 +172,7 @@ def try_out(mutant: Mutant) -> str:
         return f"NOT APPLIED: its text stands {text.count(mutant.old)} times"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for file in WHOLE:
-            shutil.copy(ROOT / file, folder)
-        for part in FOLDERS:
-            unwanted = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / part, folder / part, ignore=unwanted)
+        copy(folder)
         (folder / "chatserver.py").write_text(text.replace(mutant.old, mutant.new), "utf-8")
         others = [tests for tests in FAULTS if tests != mutant.tests]
         return run(folder, mutant.tests) or run(folder, *others)

@@ -73,23 +73,19 @@ def run_apart(work: Coroutine[Any, Any, T]) -> T:
         return thread.submit(asyncio.run, work).result()
 
 
+async def read(url: str, statement: str, *values: object) -> list[Any]:
+    """Return the rows of one statement on the database at `url`, on a connection of its own."""
+    connection = await asyncpg.connect(url)
+    try:
+        return list(await connection.fetch(statement, *values))
+    finally:
+        await connection.close()
+
+
 async def execute(url: str, *statements: str) -> None:
     """Run statements on the database at `url`, each in a transaction of its own."""
-    connection = await asyncpg.connect(url)
-    try:
-        for statement in statements:
-            await connection.execute(statement)
-    finally:
-        await connection.close()
-
-
-async def read(url: str, statement: str) -> list[tuple[Any, ...]]:
-    """Return the rows of a statement on the database at `url`."""
-    connection = await asyncpg.connect(url)
-    try:
-        return [tuple(row) for row in await connection.fetch(statement)]
-    finally:
-        await connection.close()
+    for statement in statements:
+        await read(url, statement)
 
 
 def with_database(url: str, name: str) -> str:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit, urlunsplit
 
-import asyncpg
 from aiohttp import web
 
 from chatserver import Config
+from tests import postgres
 from tests.words import KEY, NO_LIMITS, PATIENCE, until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,21 +176,12 @@ def is_clean(log: str) -> None:
 # --- Postgres, and a wire to it that can be cut
 
 
-async def query(url: str, statement: str, *values: object) -> list[Any]:
-    """Return the rows of one statement on a connection of its own."""
-    connection = await asyncpg.connect(url)
-    try:
-        return list(await connection.fetch(statement, *values))
-    finally:
-        await connection.close()
-
-
 async def cut_connections(url: str, condition: str = "true") -> int:
     """Cut the connections to this database, or some of them; return how many there were."""
     sql = f"""SELECT pg_terminate_backend(pid) FROM pg_stat_activity
         WHERE datname = current_database() AND pid <> pg_backend_pid()
         AND backend_type = 'client backend' AND {condition}"""  # noqa: S608
-    return len(await query(url, sql))
+    return len(await postgres.read(url, sql))
 
 
 class Wire:
@@ -231,8 +222,8 @@ class Wire:
 
     async def connect(self, near: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         """Join a client with Postgres until either ends."""
-        far, postgres = await asyncio.open_connection(self.parts.hostname, self.parts.port)
-        pair = (client, postgres)
+        far, end = await asyncio.open_connection(self.parts.hostname, self.parts.port)
+        pair = (client, end)
         self.ends.update(pair)
         try:
             await asyncio.gather(self.pump("request", near, *pair), self.pump("answer", far, *pair))
@@ -244,10 +235,10 @@ class Wire:
         side: str,
         source: asyncio.StreamReader,
         client: asyncio.StreamWriter,
-        postgres: asyncio.StreamWriter,
+        server: asyncio.StreamWriter,
     ) -> None:
         """Forward one direction, as long as nothing is to be lost in it."""
-        sink = postgres if side == "request" else client
+        sink = server if side == "request" else client
         with suppress(OSError):
             while data := await source.read(1 << 16):
                 if re.search(rb"(?i)(?<!un)listen ", data):
@@ -263,7 +254,7 @@ class Wire:
                 await sink.drain()
         self.listening.discard(client)
         client.transport.abort()
-        postgres.transport.abort()
+        server.transport.abort()
 
 
 # --- What the kernel knows (on Linux)

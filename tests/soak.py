@@ -23,7 +23,7 @@ from typing import NamedTuple
 from tests import postgres
 from tests.checker import Trial
 from tests.people import LOST, User, company, handshake
-from tests.processes import ROOT, Process, cut_connections, descriptors, memory, query, running
+from tests.processes import ROOT, Process, cut_connections, descriptors, memory, running
 from tests.words import PASSWORD, until
 
 # Tells at a signal how many tasks run.
@@ -67,7 +67,7 @@ async def look(process: Process, url: str) -> Figures:
     told.unlink(missing_ok=True)
     process.popen.send_signal(signal.SIGUSR1)
     await until(lambda: told.exists() and told.read_text().endswith("\n"), "the tasks")
-    connections = [] if url.startswith("sqlite") else await query(url, CONNECTIONS)
+    connections = [] if url.startswith("sqlite") else await postgres.read(url, CONNECTIONS)
     return Figures(memory(pid), descriptors(pid), int(told.read_text()), len(connections))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import aiohttp
 import pytest
 from aiohttp import WSMsgType
+from yarl import URL
 
 from tests.words import NUMBERED, PATIENCE, Event, is_refusal, tell, unique
 
@@ -17,32 +18,24 @@ if TYPE_CHECKING:
     from tests.helpers import Room, Server, User
 
 
-class Socket:
-    """A user's socket to a room, which holds each numbered event against the one before it."""
+class Frames:
+    """What goes over an open socket; each numbered event is held against the one before it."""
 
-    def __init__(self, user: "User", room: "Room", **query: Any) -> None:
-        """Prepare to connect; `after` and `epoch` go into the query."""
-        self.user, self.room, self.query = user, room, query
-        self.name = user.name
+    def __init__(self, after: Any = None) -> None:
+        """Begin after the number that is asked for, else after that in the hello."""
+        self.after = after
         self.frames: list[Event] = []
         self.cursor: int | None = None  # the number of the event that came last
         self.code: int | None = None
         self.reason = ""
 
-    async def connect(self, *, header: bool = True) -> Self:
-        """Connect; with the header one is logged in, and waits for the hello."""
-        query = "&".join(f"{name}={value}" for name, value in self.query.items())
-        url = self.user.server.url(f"/websockets/chat/{self.room.room_id}?{query}")
-        headers = {"Authorization": f"Bearer {self.user.token}"} if header else {}
-        session = self.user.server.client.session
+    async def open(self, session: aiohttp.ClientSession, url: URL, token: str = "") -> None:
+        """Connect; with a token one is logged in, and waits for the hello."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
         patience = aiohttp.ClientWSTimeout(ws_close=1)
         self.ws = await session.ws_connect(url, headers=headers, max_msg_size=0, timeout=patience)
-        self.user.server.sockets.append(self)
-        if header:
+        if token:
             await self.hears(type="hello")
-        return self
-
-    # What one says
 
     async def send(self, **frame: Any) -> None:
         """Send a frame."""
@@ -54,24 +47,9 @@ class Socket:
         await self.send(message=text, **more)
         return await self.hears(text, client_id=client_id)
 
-    async def say_all(self, texts: Iterable[str]) -> None:
-        """Send messages one upon another, and wait until all have come back."""
-        client_id = ""
-        for text in texts:
-            client_id = unique("id")
-            await self.send(message=text, client_id=client_id)
-        await self.hears(client_id=client_id)
-
-    async def ask(self, code: str = "", **frame: Any) -> Event:
-        """Send a frame that is refused; return the error, which names the frame."""
-        await self.send(**frame)
-        return await self.is_refused(code)
-
-    # What one hears
-
-    async def next(self) -> Event:
+    async def next(self, patience: float = PATIENCE) -> Event:
         """Return the next frame, of whatever type; events come in order, without a gap."""
-        message = await self.ws.receive(timeout=PATIENCE)
+        message = await self.ws.receive(timeout=patience)
         if message.type is not WSMsgType.TEXT:
             closed = message.type is WSMsgType.CLOSE
             self.code = message.data if closed else self.ws.close_code or 1006
@@ -80,7 +58,7 @@ class Socket:
         frame: Event = json.loads(message.data)
         self.frames.append(frame)
         if frame["type"] == "hello":
-            self.cursor = self.query.get("after", frame["seq"])
+            self.cursor = frame["seq"] if self.after is None else self.after
         elif frame["type"] == "reset":
             self.cursor = frame["seq"]
         elif frame["type"] in NUMBERED:
@@ -89,13 +67,15 @@ class Socket:
             self.cursor = frame["seq"]
         return frame
 
-    async def hears(self, message: str | None = None, **fields: Any) -> Event:
+    async def hears(
+        self, message: str | None = None, patience: float = PATIENCE, **fields: Any
+    ) -> Event:
         """Read until a frame comes that has this text, or these fields."""
         wanted = fields if message is None else {"type": "message", "message": message, **fields}
         began = len(self.frames)
         try:
-            async with asyncio.timeout(PATIENCE):
-                while not wanted.items() <= (await self.next()).items():
+            async with asyncio.timeout(patience):
+                while not wanted.items() <= (await self.next(patience)).items():
                     pass
         except (TimeoutError, ConnectionResetError) as error:
             pytest.fail(f"{wanted} did not come but {self.frames[began:]} and {error!r}")
@@ -107,18 +87,12 @@ class Socket:
             while self.cursor is None or self.cursor < seq:
                 await self.next()
 
-    async def is_refused(self, code: str = "") -> Event:
-        """Wait for an error, check its shape and return it."""
-        error = await self.hears(type="error")
-        is_refusal(error, code)
-        return error
-
-    async def is_closed(self) -> int:
+    async def is_closed(self, patience: float = PATIENCE) -> int:
         """Read on until the server closes; return the code, 1006 without a close frame."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(patience):
             with suppress(ConnectionResetError):
                 while True:
-                    await self.next()
+                    await self.next(patience)
         assert self.code is not None
         return self.code
 
@@ -136,16 +110,52 @@ class Socket:
         """Return the numbered events so far."""
         return [frame for frame in self.frames if frame["type"] in NUMBERED]
 
+    async def leave(self) -> None:
+        """Close in the orderly way, and wait a second at most for the server to do so too."""
+        await self.ws.close()
+
+
+class Socket(Frames):
+    """A user's socket to a room."""
+
+    def __init__(self, user: "User", room: "Room", **query: Any) -> None:
+        """Prepare to connect; `after` and `epoch` go into the query."""
+        super().__init__(query.get("after"))
+        self.user, self.room, self.query = user, room, query
+        self.name = user.name
+
+    async def connect(self, *, header: bool = True) -> Self:
+        """Connect; with the header one is logged in."""
+        server = self.user.server
+        query = "&".join(f"{name}={value}" for name, value in self.query.items())
+        url = server.url(f"/websockets/chat/{self.room.room_id}?{query}")
+        await self.open(server.client.session, url, self.user.token if header else "")
+        server.sockets.append(self)
+        return self
+
+    async def say_all(self, texts: Iterable[str]) -> None:
+        """Send messages one upon another, and wait until all have come back."""
+        client_id = ""
+        for text in texts:
+            client_id = unique("id")
+            await self.send(message=text, client_id=client_id)
+        await self.hears(client_id=client_id)
+
+    async def ask(self, code: str = "", **frame: Any) -> Event:
+        """Send a frame that is refused; return the error, which names the frame."""
+        await self.send(**frame)
+        return await self.is_refused(code)
+
+    async def is_refused(self, code: str = "") -> Event:
+        """Wait for an error, check its shape and return it."""
+        error = await self.hears(type="error")
+        is_refusal(error, code)
+        return error
+
     @property
     def story(self) -> list[str]:
         """Return the events so far in a few words."""
         return [tell(event) for event in self.events]
-
-    # How one goes
-
-    async def leave(self) -> None:
-        """Close in the orderly way, and wait a second at most for the server to do so too."""
-        await self.ws.close()
 
     def drop(self) -> None:
         """Lose the connection, as in a tunnel: no close frame says good-bye."""
@@ -205,13 +215,9 @@ class Wire:
 
     async def upgrade(self, user: "User", room: "Room", query: str = "") -> Self:
         """Become a user's socket to a room, of which nothing is read yet."""
-        lines = [
-            f"GET /websockets/chat/{room.room_id}{query} HTTP/1.1",
-            "Host: localhost",
-            f"Authorization: Bearer {user.token}",
-            *(f"{name}: {value}" for name, value in UPGRADE.items()),
-        ]
-        self.send("\r\n".join([*lines, "", ""]).encode())
+        path = f"/websockets/chat/{room.room_id}{query}"
+        headers = [f"{name}: {value}" for name, value in UPGRADE.items()]
+        self.request(user, path, b"", *headers, method="GET")
         assert (await self.head()).startswith(b"HTTP/1.1 101 ")
         return self
 

@@ -233,7 +233,7 @@ async def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
             for number in itertools.count():
                 body = {"message": "x" * 3000, "client_id": f"c{number}"}
                 await chat.send(**body)
-                if (answer := await chat.hear_of(f"c{number}"))["type"] == "error":
+                if (answer := await chat.hears(client_id=f"c{number}"))["type"] == "error":
                     break
             assert number > 5
             assert answer["error"] == "unavailable"
@@ -242,7 +242,7 @@ async def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
             assert [event.get("client_id") for event in log[1:]] == [f"c{n}" for n in range(number)]
             heal()
             await chat.send(**body)
-            assert (await chat.hear_of(f"c{number}"))["seq"] == log[-1]["seq"] + 1
+            assert (await chat.hears(client_id=f"c{number}"))["seq"] == log[-1]["seq"] + 1
             await again(process)
             assert (await alice.log("1"))[:-1] == log
             process.kill()
@@ -263,7 +263,7 @@ async def test_sqlite_that_somebody_locks_is_an_interruption(tmp_path: Path) -> 
             began = time.monotonic()
             async with users[0].chat(trial.room) as chat:
                 await chat.send(message="now", client_id="now")
-                answer = await chat.hear_of("now")
+                answer = await chat.hears(client_id="now")
                 assert UNAVAILABLE.items() <= answer.items()
                 await users[1].ask("GET", f"/rooms/{trial.room}/messages")
             assert time.monotonic() - began < 10
@@ -289,7 +289,7 @@ async def test_a_file_that_is_gone_stops_acknowledgements(tmp_path: Path, how: s
         async with asyncio.timeout(5):  # it may look once a second or so
             for number in itertools.count():
                 await chat.send(message="lost?", client_id=f"c{number}")
-                answer = await chat.hear_of(f"c{number}")
+                answer = await chat.hears(client_id=f"c{number}")
                 if answer["type"] == "error":
                     break
                 await asyncio.sleep(0.1)
@@ -300,7 +300,7 @@ async def test_a_file_that_is_gone_stops_acknowledgements(tmp_path: Path, how: s
             async with asyncio.timeout(5):
                 while True:
                     await chat.send(message="lost?", client_id=answer["client_id"])
-                    if (await chat.hear_of(answer["client_id"]))["type"] != "error":
+                    if (await chat.hears(client_id=answer["client_id"]))["type"] != "error":
                         break
                     await asyncio.sleep(0.1)
             await alice.ask("GET", "/healthz")
@@ -315,7 +315,7 @@ async def test_a_file_that_is_gone_stops_acknowledgements(tmp_path: Path, how: s
 async def refuses(user: User, chat: Chat) -> None:
     """Check that a server without a database says so everywhere, and keeps its sockets."""
     await chat.send(message="refused", client_id="refused")
-    assert UNAVAILABLE.items() <= (await chat.hear_of("refused")).items()
+    assert UNAVAILABLE.items() <= (await chat.hears(client_id="refused")).items()
     for path in ("/rooms", "/users/me", "/rooms/1/messages", "/healthz"):
         assert (await user.ask("GET", path, status=503))["error"] == "unavailable"
     await user.ask("POST", "/rooms/1/messages", {"message": "refused"}, status=503)
@@ -365,13 +365,13 @@ async def test_a_postgres_that_hangs_holds_up_neither_clients_nor_the_end(
     ):
         wire.stalled = True
         await chat.send(message="into the void", client_id="void")
-        assert UNAVAILABLE.items() <= (await chat.hear_of("void", 40)).items()
+        assert UNAVAILABLE.items() <= (await chat.hears(client_id="void", patience=40)).items()
         wire.stalled = False
         async with asyncio.timeout(15):
             answer: Any = {"type": "error"}
             while answer["type"] == "error":
                 await chat.send(message="into the void", client_id="void")
-                answer = await chat.hear_of("void")
+                answer = await chat.hears(client_id="void")
         log = await alice.log("1")
         assert [e["seq"] for e in log if e.get("client_id") == "void"] == [answer["seq"]]
         wire.stalled = True

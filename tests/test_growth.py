@@ -12,7 +12,7 @@ import pytest
 from tests import postgres
 from tests.conftest import Databases
 from tests.people import User, company, handshake
-from tests.processes import query, running
+from tests.processes import running
 
 pytestmark = pytest.mark.slow
 LARGE, SMALL = 1_000_000, 1_000
@@ -26,7 +26,7 @@ def columns(engine: str, url: str) -> list[str]:
     """Return the columns of the log."""
     if engine == "postgres":
         sql = "SELECT column_name FROM information_schema.columns WHERE table_name = 'events'"
-        return [row["column_name"] for row in postgres.run_apart(query(url, sql))]
+        return [row["column_name"] for row in postgres.run_apart(postgres.read(url, sql))]
     with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
         return [row[1] for row in connection.execute("PRAGMA table_info(events)")]
 

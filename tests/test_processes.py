@@ -18,7 +18,7 @@ import pytest
 from tests import postgres
 from tests.checker import Trial
 from tests.people import Chat, User, company
-from tests.processes import Process, Wire, cut_connections, is_clean, query, running, session_of
+from tests.processes import Process, Wire, cut_connections, is_clean, running, session_of
 from tests.words import KEY, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("brisk")]
@@ -177,7 +177,7 @@ async def clone(hosts: Hosts, user: User, count: int) -> list[User]:
     copy = """INSERT INTO users (username, email, password, version, created_at)
         SELECT name, name || '@example.org', password, version, created_at
         FROM users, unnest($1::text[]) AS name WHERE username = $2"""
-    await query(hosts.url, copy, names, user.name)
+    await postgres.read(hosts.url, copy, names, user.name)
     tokens = [jwt.encode({**claims, "sub": name}, KEY, "HS256") for name in names]
     return [
         user._replace(name=name, token=token) for name, token in zip(names, tokens, strict=True)
