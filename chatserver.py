@@ -426,15 +426,16 @@ class Postgres:
 
     async def open(self, schema: str) -> None:
         """Makes the tables, or ends the program."""
-        schema = schema.replace("TEXT", 'TEXT COLLATE "C"').replace(" WITHOUT ROWID", "")
+        pooled: Any = {"min_size": 0, "max_size": 5, **self.options}
+        pooled["reset"] = lambda _: asyncio.sleep(0)  # nothing: no session changes
         try:
-            self.pool = await self.asyncpg.create_pool(min_size=0, max_size=5, **self.options)
+            self.pool = await self.asyncpg.create_pool(**pooled)
             async with self.pool.acquire() as connection:
                 await check_edition(self, connection.fetch)
                 async with connection.transaction():
                     await connection.execute("SELECT pg_advisory_xact_lock(7304241)")
                     if not await connection.fetchval("SELECT to_regclass('events')"):
-                        await connection.execute(schema)
+                        await connection.execute(schema.replace("TEXT", 'TEXT COLLATE "C"'))
                 for row in await connection.fetch(self.unsafe):
                     LOGGER.critical("Postgres can lose messages by its %s", row["name"])
         except (*self.failures, ValueError) as error:
@@ -483,7 +484,7 @@ class Postgres:
                     notes: list[Note] = [("alive",)]
                     with suppress(TimeoutError):
                         notes.append(await asyncio.wait_for(self.notes.get(), 1))
-                    # Postgres carries less than 8000 bytes at once; a note has up to 300.
+                    # NOTIFY carries less than 8000 bytes; a note has up to 300.
                     while len(notes) < 25 and not self.notes.empty():
                         notes.append(self.notes.get_nowait())
                     await connection.execute(self.notify, encode([name, *notes]), timeout=4)
@@ -521,8 +522,6 @@ GET_USER = """SELECT username, email, password, version, created_at FROM users
   WHERE (username = $1 OR email = $1) AND password IS NOT NULL"""
 LIST_USERS = """SELECT username, created_at FROM users WHERE password IS NOT NULL AND username > $1
   ORDER BY username LIMIT $2"""
-LOCK_USERS = """SELECT 1 FROM users WHERE username IN
-  (SELECT value ->> 'username' FROM json_each($1)) ORDER BY username FOR UPDATE"""
 CHANGE_USER = """UPDATE users SET password = $2, version = version + 1
   WHERE username = $1 AND password IS NOT NULL RETURNING version"""
 VOID_TOKENS = "UPDATE users SET version = version + 1 WHERE username = $1"
@@ -530,8 +529,6 @@ CLOSE_USER = """UPDATE users SET email = NULL, password = NULL, version = versio
   WHERE username = $1"""
 LIST_ROOMS = f"{ROOM} AND {READABLE} ORDER BY r.room_id"
 GET_ROOM = f"{ROOM} AND r.room_id = $2"
-LOCK_ROOMS = """SELECT 1 FROM rooms WHERE room_id IN
-  (SELECT value ->> 'room_id' FROM json_each($1)) ORDER BY room_id FOR UPDATE"""
 ADD_ROOM = """INSERT INTO rooms (room_id, name, kind) VALUES ($1, $2, $3)
   ON CONFLICT DO NOTHING RETURNING room_id"""
 CLOSE_ROOM = "UPDATE rooms SET name = '', kind = 'deleted' WHERE room_id = $1"
@@ -549,6 +546,10 @@ SET_READ = """UPDATE members SET read_seq = $3
 SET_MARKS = """INSERT INTO members (room_id, username, role, read_seq) SELECT value ->> 'room_id',
   value ->> 'username', 'member', CAST(value ->> 'seq' AS BIGINT) FROM json_each($1) WHERE true
   ON CONFLICT (room_id, username) DO UPDATE SET read_seq = excluded.read_seq"""
+LOCK = """WITH p AS (SELECT value FROM json_each($1)), r AS (SELECT 1 FROM rooms
+  WHERE room_id IN (SELECT value ->> 'room_id' FROM p) ORDER BY room_id FOR UPDATE),
+  u AS (SELECT 1 FROM users WHERE username IN (SELECT value ->> 'username' FROM p)
+  ORDER BY username FOR UPDATE) SELECT (SELECT count(*) FROM r), (SELECT count(*) FROM u)"""
 # What is known of users in rooms, and of what they sent under a client_id.
 GET_SEATS = """WITH p AS MATERIALIZED (SELECT CAST(key AS BIGINT) AS number, value ->> 'room_id'
   AS room_id, value ->> 'username' AS username, value ->> 'client_id' AS client_id
@@ -1001,7 +1002,7 @@ class Hub:
                     socket.write(frame)
 
     def see(self, process: str, room_id: str, username: str, *, online: bool) -> None:
-        """Notes who came or went; whispers it if that is news."""
+        """Notes who came or went; whispers what is new."""
         room = self.online[room_id]
         before = room.get(username, set())
         room[username] = before | {process} if online else before - {process}
@@ -1150,8 +1151,7 @@ class Chat:
         async with self.writing, self.db.transaction() as fetch:
             change = Change(fetch)
             if isinstance(self.db, Postgres):  # who writes to SQLite has the whole file
-                await fetch(LOCK_ROOMS, document(asked))
-                await fetch(LOCK_USERS, document(asked))
+                await fetch(LOCK, document(asked))
             await change.learn(asked)
             if me:
                 check_version(change.rows[0]["version"], me)
@@ -1189,7 +1189,7 @@ class Chat:
             asyncio.get_running_loop().call_soon(post.answer, outcome)
 
     async def sweep(self) -> None:
-        """Does what depends on nothing but the time."""
+        """Does what only the time asks for."""
         now = monotonic()
         for socket in self.hub.sockets:
             socket.sweep(now)
@@ -1962,7 +1962,7 @@ def prepare_process() -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("aiohttp.server", "aiohttp.websocket"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    # It logs a traceback a second for each who waits while no descriptor is left:
+    # Else it logs a traceback a second while no descriptor is left:
     logging.getLogger("asyncio").addFilter(lambda line: "system resource" not in line.msg)
     if sys.platform != "win32":
         import resource

@@ -1,5 +1,5 @@
 -- The tables of chatserver, the same for both engines and safe to run at every start.
--- On Postgres the program reads TEXT as TEXT COLLATE "C" (names sort by byte, as in SQLite) and drops WITHOUT ROWID.
+-- On Postgres the program reads TEXT as TEXT COLLATE "C" (names sort by byte, as in SQLite).
 -- Times are milliseconds since 1970, UTC. Nothing is ever stored that is not text or a whole number.
 
 CREATE TABLE IF NOT EXISTS meta (           -- name 'epoch': changes when a backup is put in place
@@ -45,6 +45,6 @@ CREATE TABLE IF NOT EXISTS events (         -- the log, the history and the queu
     folded TEXT,                            -- message: its text without case, for the search; NULL: deleted
     json TEXT NOT NULL,                     -- what clients get
     PRIMARY KEY (room_id, seq)
-) WITHOUT ROWID;
+);
 
 CREATE UNIQUE INDEX IF NOT EXISTS events_by_client ON events (room_id, username, client_id) WHERE client_id IS NOT NULL;
