@@ -4,15 +4,25 @@ That nothing answers 500 is checked by the helper behind every request, and that
 as a fault by the fixture behind every server. Here are the requests that try hardest.
 """
 
+import asyncio
 import base64
 import gzip
 import hashlib
 import hmac
 import json
+import random
+import re
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import pytest
+from yarl import URL
+
 from tests.helpers import Room, Server
+from tests.people import company
+from tests.processes import running
 from tests.sockets import UPGRADE, Socket, Wire
 from tests.words import KEY, Event, is_refusal
 
@@ -52,28 +62,19 @@ async def test_a_body_that_is_no_json_object_is_refused(chat: Server) -> None:
     assert (await room.story())[1:] == ["2 alice: untouched"]
 
 
-KINDS = [
-    *(
-        (201, kind)
-        for kind in (JSON, f"{JSON}; charset=utf-8", 'Application/JSON; Charset="UTF-8"')
-    ),
-    *((415, kind) for kind in ("text/plain", "application/x-www-form-urlencoded", "nonsense")),
-    (415, "multipart/form-data; boundary=x"),
-]
-
-
 async def test_a_body_says_that_it_is_json(chat: Server) -> None:
     """A body that calls itself anything but JSON is 415; of charsets only UTF-8 is ever read."""
     alice = await chat.user("alice")
     room = await alice.room()
-    path, body = f"{room.path}/messages", '{"message":"é"}'.encode()
-    for status, kind in KINDS:
-        answer = await alice.ask("POST", path, data=body, headers={"Content-Type": kind})
-        assert answer.status == status, kind
-    for charset in ("bogus", "utf-16", "latin-1", "zlib", ""):
-        headers = {"Content-Type": f"{JSON}; charset={charset}"}
-        answer = await alice.ask("POST", path, data=body, headers=headers)
-        assert answer.status in {201, 400, 415}, charset
+    for statuses, kinds in (
+        ({201}, (JSON, f"{JSON}; charset=utf-8", 'Application/JSON; Charset="UTF-8"')),
+        ({415}, ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "x")),
+        ({201, 400, 415}, [f"{JSON}; charset={name}" for name in ("bogus", "utf-16", "zlib", "")]),
+    ):
+        for kind in kinds:
+            options: Any = {"data": '{"message":"é"}'.encode(), "headers": {"Content-Type": kind}}
+            answer = await alice.ask("POST", f"{room.path}/messages", **options)
+            assert answer.status in statuses, kind
     assert set(await room.texts()) == {"é"}
 
 
@@ -189,21 +190,119 @@ def forgeries(token: str) -> list[str]:
 async def test_a_forged_token_logs_nobody_in(chat: Server) -> None:
     """However a token is forged or damaged, it is 401 over HTTP and closes a socket with 4401."""
     alice = await chat.user("alice")
-    for number, token in enumerate(forgeries(alice.token)):
-        answer = await chat.ask("GET", "/users/me", token)
-        answer.refused(401, "unauthorized")
+    for token in forgeries(alice.token):
+        (await chat.ask("GET", "/users/me", token)).refused(401, "unauthorized")
         socket = await Socket(alice, Room(alice, "1")).connect(header=False)
         await socket.send(type="auth", token=token)
-        assert await socket.is_closed() == 4401, (number, token[:300])
+        assert await socket.is_closed() == 4401, token[:300]
 
 
-async def test_who_vanishes_while_logging_in_disturbs_nobody(chat: Server) -> None:
-    """Whoever is gone before or behind the first frame leaves nothing behind."""
+# --- Frames and bytes
+
+ODD: list[Any] = [
+    *(None, True, -1, 1, 2, 2**53 + 1, 10**400, 1.5, float("nan"), float("inf"), "", " ", "x"),
+    *("\0", "\ud800", "\u202e", "me", "../..", "x" * 5000, [], {}, [[[]]], {"a": {"\0": []}}),
+]
+FIELDS = ("message", "client_id", "target", "seq", "token", "room_id", "username", "role")
+CHANCE = random.Random(7)  # noqa: S311 - the same each time
+
+
+async def test_fuzzed_frames_are_obeyed_or_refused(chat: Server) -> None:
+    """Whatever JSON a frame of any type holds, it is obeyed or refused; the socket lives on."""
+    for kind in ("message", "edit", "delete", "typing", "read", "auth", None):
+        (alice,) = await chat.talk("alice")
+        for _ in range(30):  # with more it would be a flood
+            fields = {name: CHANCE.choice(ODD) for name in CHANCE.sample(FIELDS, 4)}
+            await alice.send(type=kind or CHANCE.choice(ODD), **fields)
+            await alice.say("still here")
+        for error in alice.heard(type="error"):
+            is_refusal(error)
+            assert error["error"] in {"bad_request", "not_found", "conflict"}, error
+
+
+async def test_noise_ends_its_own_socket_alone(chat: Server) -> None:
+    """Random bytes on a socket, or none, as who logs in is gone at once, disturb nobody."""
     alice, bob = await chat.talk("alice", "bob")
-    silent = await Socket(alice.user, alice.room).connect(header=False)
-    silent.drop()
-    waiting = await Socket(alice.user, alice.room, after=0).connect(header=False)
-    await waiting.send(type="auth", token=alice.user.token)
-    waiting.drop()
-    await alice.say("still here")
-    await bob.hears("still here")
+    for _ in range(20):
+        async with Wire(chat) as wire:
+            await wire.upgrade(alice.user, alice.room)
+            wire.send(CHANCE.randbytes(100))
+            wire.writer.write_eof()
+            await wire.rest()
+        waiting = await Socket(alice.user, alice.room, after=0).connect(header=False)
+        await waiting.send(type="auth", token=alice.user.token)
+        waiting.drop()
+        await bob.say("not disturbed")
+
+
+CANARY = b"canary-in-the-header"
+END = b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+NO_HTTP = [
+    *(
+        b"\r\n\r\n\r\n",
+        b"nonsense\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ),
+    *(start + END + b"\r\n" for start in (b"GET http://[", b"GET /" + b"x" * 20_000, b"OPTIONS *")),
+    b"GET /" + END + b"A: b\r\n" * 5000 + b"\r\n",
+    b"GET /" + END + b"Bad Header: " + CANARY + b"\r\n\r\n",
+    b"GET /" + END + b"Authorization: " + CANARY + b"\0\r\n\r\n",
+    b"GET /" + END + b"A: " + CANARY * 1000 + b"\r\n\r\n",
+    b"POST /" + END + b"Content-Length: x" + CANARY + b"\r\n\r\n",
+    b"POST /" + END + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nx",
+    b"POST /" + END + CHUNKED + b"\r\nzz" + CANARY + b"\r\n",
+    b"POST /" + END + CHUNKED + b"Content-Length: 1\r\n\r\n0\r\n\r\n",
+    *(b"\x16\x03\x01\x02" + bytes(200), *(CHANCE.randbytes(300) for _ in range(20))),
+]
+
+
+@pytest.mark.slow
+async def test_what_is_no_http_gets_a_short_answer(tmp_path: Path) -> None:
+    """Bytes that are no request are refused, without a header's value in the log."""
+    async with (
+        running(tmp_path, "sqlite:///chat.db") as (process,),
+        company(process, "witness") as (witness,),
+        witness.chat("1") as chat,
+    ):
+        url = URL(process.url)
+        for data in NO_HTTP:
+            reader, writer = await asyncio.open_connection(url.host, url.port)
+            writer.write(data)
+            writer.write_eof()
+            answer = await reader.read()
+            writer.close()
+            assert not answer or re.match(rb"HTTP/1.[01] (4|200)", answer), data
+        await chat.deliver("not disturbed")
+    assert CANARY.decode() not in process.log
+
+
+SLOW = [
+    (20, b"", b""),
+    (20, b"GET /" + END, b"X-Slow: a\r\n"),
+    (20, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /" + END + b"A: ", b"a"),
+    (10, b"POST /auth/token" + END + CHUNKED + b"\r\n", b"1\r\na\r\n"),
+]
+
+
+async def drag_on(url: URL, most: float, begin: bytes, drip: bytes) -> None:
+    """Be slow until the server has had enough, and check how long that was."""
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(begin)
+    began = time.monotonic()
+    with suppress(asyncio.IncompleteReadError, ConnectionError):
+        while time.monotonic() - began < 30:
+            writer.write(drip)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(reader.readuntil(b" 408 "), 0.4)
+                break
+    writer.close()
+    assert 5 < time.monotonic() - began < most + 3, begin
+
+
+@pytest.mark.slow
+async def test_who_drags_on_is_cut_off(tmp_path: Path) -> None:
+    """Headers not complete after 20 s, or a body after 10 s, and the connection ends."""
+    async with running(tmp_path, "sqlite:///chat.db") as (process,):
+        await asyncio.gather(*(drag_on(URL(process.url), *slow) for slow in SLOW))
