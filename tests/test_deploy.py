@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ import yaml  # type: ignore[import-untyped]
 
 from chatserver import Config
 from tests.commands import copy_program, run, started, tool
-from tests.people import At, enrol
+from tests.people import At, company
 from tests.postgres import free_port
-from tests.processes import ROOT, SETTINGS, Process, running
+from tests.processes import ROOT, SETTINGS, running
 from tests.words import until
 
 DEPLOY = ROOT / "deploy"
@@ -38,10 +37,10 @@ def nginx(folder: Path, port: int, upstream: str) -> list[str]:
     site = read("nginx.conf").replace(UPSTREAM, upstream).replace("listen [::]:80;", "")
     site = site.replace("listen 80;", f"listen 127.0.0.1:{port};")
     bodies = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    paths = "".join(f"{name}_temp_path {folder}/{name};\n" for name in bodies)
+    site += "".join(f"{name}_temp_path {folder}/{name};\n" for name in bodies)
     user = "user root;\n" if os.geteuid() == 0 else ""
     start = f"daemon off;\n{user}pid {folder}/nginx.pid;\nerror_log stderr;\nevents {{}}\n"
-    (folder / "nginx.conf").write_text(f"{start}http {{\naccess_log off;\n{paths}{site}}}\n")
+    (folder / "nginx.conf").write_text(f"{start}http {{\naccess_log off;\n{site}}}\n")
     return [tool("nginx"), "-e", "stderr", "-p", f"{folder}", "-c", f"{folder}/nginx.conf"]
 
 
@@ -54,172 +53,106 @@ def caddy(folder: Path, port: int, upstream: str) -> list[str]:
     return [tool("caddy"), "run", "--config", f"{folder}/Caddyfile", "--adapter", "caddyfile"]
 
 
-@pytest.fixture(params=[nginx, caddy], ids=["nginx", "caddy"])
-async def behind(
-    request: pytest.FixtureRequest, tmp_path: Path
-) -> AsyncIterator[tuple[Process, str]]:
-    """Run a server behind a proxy, both as deploy/ says; give it and the proxy's address."""
+def listens(port: int) -> bool:
+    """Try to connect to a port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def fail(url: str, address: str, claim: str) -> int:
+    """Fail to log in from an address while claiming to be another; return the status."""
+    form, headers = {"username": "nobody", "password": "wrong"}, {"X-Forwarded-For": claim}
+    connector = aiohttp.TCPConnector(local_addr=(address, 0))
+    async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
+        return (await session.post(f"{url}/auth/token", data=form)).status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("proxy", [nginx, caddy])
+async def test_people_chat_through_a_proxy_and_are_told_apart(proxy: Any, tmp_path: Path) -> None:
+    """They chat live, resume and hear of the end; limits count for who they are, not say to be."""
     (proxies,) = set(re.findall(r"PROXIES=(\d)", read("nginx.conf") + read("Caddyfile")))
-    settings: dict[str, Any] = {"proxies": proxies, "logins_per_minute": 2}
-    async with running(tmp_path, f"sqlite:///{tmp_path}/chat.db", **settings) as [process]:
-        port = free_port()
-        command = request.param(tmp_path, port, process.url.removeprefix("http://"))
-        home = {"HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
-
-        def listens() -> bool:
-            """Try to connect to the proxy."""
-            with socket.socket() as probe:
-                return probe.connect_ex(("127.0.0.1", port)) == 0
-
+    limits: Any = {"proxies": proxies, "logins_per_minute": 2}
+    home: Any = {"HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    async with running(tmp_path, f"sqlite:///{tmp_path}/chat.db", **limits) as [process]:
+        command = proxy(tmp_path, port, process.url.removeprefix("http://"))
         async with started(*command, folder=tmp_path, **home):
-            await until(listens, f"{command}")
-            yield process, f"http://127.0.0.1:{port}"
+            await until(lambda: listens(port), f"{command}")
+            tries = [await fail(url, "127.0.0.2", f"203.0.113.{number}") for number in range(3)]
+            assert [*tries, await fail(url, "127.0.0.3", "127.0.0.2")] == [400, 400, 429, 400]
+            async with (
+                company(At(url), "alice", "bob") as [alice, bob],
+                alice.chat("1") as hers,
+                bob.chat("1", "?after=0", token="") as his,
+            ):
+                await his.send(type="auth", token=bob.token)
+                await his.hear("hello")
+                await hers.deliver("hello " * 500)
+                last = await his.deliver("and back")
+                await hers.hear("message", seq=last["seq"])
+                assert his.numbers == list(range(1, last["seq"] + 1))
+                ends = await asyncio.gather(hers.closed(), his.closed(), process.end())
+                assert tuple(ends) == (1001, 1001, 0)
 
 
-@pytest.mark.slow
-async def test_people_chat_through_a_proxy(behind: tuple[Process, str]) -> None:
-    """Through it people log in, chat live, resume, and hear that the server shuts down."""
-    process, url = behind
-    async with aiohttp.ClientSession() as session:
-        alice, bob = await enrol(session, At(url), "alice", "bob")
-        async with alice.chat("1") as hers, bob.chat("1", "?after=0", token="") as his:
-            await his.send(type="auth", token=bob.token)
-            await his.hear("hello")
-            sent = await hers.deliver("hello " * 500)
-            assert (await his.hear("message", seq=sent["seq"]))["message"] == sent["message"]
-            await his.deliver("and back")
-            await hers.hear("message", message="and back")
-            assert his.numbers == list(range(1, sent["seq"] + 2))
-            ends = tuple(await asyncio.gather(hers.closed(), his.closed(), process.end()))
-            assert ends == (1001, 1001, 0)
+# --- The unit, the image and the rest
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8")
-async def test_the_server_knows_people_apart_behind_a_proxy(behind: tuple[Process, str]) -> None:
-    """Limits count for the address of the client, whatever that client claims in a header."""
-
-    async def fail(address: str, claim: str) -> int:
-        """Fail to log in from an address while claiming to be another."""
-        form = {"username": "nobody", "password": "wrong"}
-        connector = aiohttp.TCPConnector(local_addr=(address, 0))
-        async with aiohttp.ClientSession(
-            behind[1], connector=connector, headers={"X-Forwarded-For": claim}
-        ) as session:
-            return (await session.post("/auth/token", data=form)).status
-
-    tries = [await fail("127.0.0.2", f"203.0.113.{number}") for number in range(4)]
-    assert tries == [400, 400, 429, 429]
-    assert await fail("127.0.0.3", "127.0.0.2") == 400
-
-
-# --- The unit
+def test_what_starts_the_server_starts_it_again() -> None:
+    """The unit and compose do so after a failure, wait for Postgres, and keep what is stored."""
+    unit = dict(re.findall(r"^(\w+)=(.*)$", read("chatserver.service"), re.MULTILINE))
+    assert int(unit["LimitNOFILE"]) > Config().sockets and int(unit["TimeoutStopSec"]) > 5
+    assert unit["WorkingDirectory"] == f"%S/{unit['StateDirectory']}"
+    assert unit["Restart"] == "on-failure"
+    composed = yaml.safe_load(read("compose.yaml"))
+    chat, postgres = composed["services"]["chat"], composed["services"]["postgres"]
+    assert (DEPLOY / chat["build"]["context"] / chat["build"]["dockerfile"]).is_file()
+    assert chat["depends_on"]["postgres"]["condition"] == "service_healthy"
+    assert postgres["healthcheck"]["test"][:2] == ["CMD", "pg_isready"]
+    assert [volume.split(":")[0] for volume in postgres["volumes"]] == list(composed["volumes"])
+    assert {name.lower() for name in chat["environment"]} <= set(SETTINGS)
+    assert ":?" in chat["environment"]["SECRET_KEY"], "compose asks for it"
+    assert all(port.startswith("127.0.0.1:") for port in chat["ports"])
+    assert chat["restart"] == "unless-stopped"
+    assert read("Procfile") == "web: python chatserver.py\n"
 
 
 @pytest.mark.slow
 async def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     """`systemd-analyze verify` has nothing to say about the unit, once its Python is there."""
-    python = "/opt/chatserver/.venv/bin/python"
-    assert python in read("chatserver.service")
+    python, text = "/opt/chatserver/.venv/bin/python", read("chatserver.service")
+    assert python in text
     unit = tmp_path / "chatserver.service"
-    unit.write_text(read(unit.name).replace(python, str(Path(sys.executable).resolve())))
+    unit.write_text(text.replace(python, str(Path(sys.executable).resolve())))
     command = [tool("systemd-analyze"), "verify", "--man=no", str(unit)]
     assert await run(*command, folder=tmp_path) == (0, "")
-
-
-def test_the_unit_leaves_room_for_sockets_and_starts_all_again() -> None:
-    """It has descriptors for every socket, waits for a shutdown, and starts after a failure."""
-    unit = dict(re.findall(r"^(\w+)=(.*)$", read("chatserver.service"), re.MULTILINE))
-    assert int(unit["LimitNOFILE"]) > Config().sockets
-    assert int(unit["TimeoutStopSec"]) > 5
-    assert unit["WorkingDirectory"] == f"%S/{unit['StateDirectory']}"
-    assert (unit["ProtectSystem"], unit["DynamicUser"]) == ("strict", "yes")
-    assert unit["Restart"] == "on-failure"
-
-
-# --- The image
-
-
-def instructions(name: str) -> list[str]:
-    """Return what follows each instruction of this name in the Dockerfile."""
-    text = read("Dockerfile").replace("\\\n", " ")
-    return re.findall(rf"^{name}\s+(.+)$", text, re.MULTILINE)
-
-
-def test_the_image_does_not_run_as_root_and_is_built_of_what_it_needs() -> None:
-    """It ends as an ordinary user, runs the program, and Docker sees just the files it copies."""
-    assert len(instructions("FROM")) == 2
-    assert (instructions("USER"), instructions("VOLUME")) == (["chat"], ["/data"])
-    assert json.loads(instructions("CMD")[-1]) == ["python", "/app/chatserver.py"]
-    seen = set(re.findall("^!(.+)$", read("Dockerfile.dockerignore"), re.MULTILINE))
-    copied = {name for line in instructions("COPY") for name in line.split()[:-1]}
-    assert seen == copied - {"--from=packages", "/venv"}
 
 
 @pytest.mark.slow
 async def test_the_image_has_all_that_the_server_needs(tmp_path: Path) -> None:
     """Of its files alone the server runs; its health check and the copy of its database work."""
-    for folder in ((data := tmp_path / "data"), (app := tmp_path / "app")):
-        folder.mkdir()
-    copy_program(app)
-    assert instructions("COPY")[-2:] == ["chatserver.py schema.sql /app/", "web /app/web"]
-    variables = dict(re.findall(r"\b([A-Z_]+)=(\S+)", instructions("ENV")[0]))
-    assert variables["DATABASE_URL"] == "sqlite:////data/chat.db"
-    settings = {"database_url": f"sqlite:///{data}/chat.db", "host": variables["HOST"]}
-    port = str(free_port())
-    process = Process(data, program=app / "chatserver.py", port=port, **settings)
-    health = json.loads(instructions("HEALTHCHECK")[0].partition(" CMD ")[2])[1:]
-    (copy,) = re.findall(r'docker exec chat python -c "(.*)"\n', read("README.md"))
-    copy = copy.replace('\\"', '"').replace("/data", str(data))
-
-    async def succeeds(*arguments: str) -> bool:
-        """Run Python as Docker does."""
-        return (await run(sys.executable, *arguments, folder=tmp_path, PORT=port))[0] == 0
-
-    try:
-        await process.ready()
+    text = read("Dockerfile").replace("\\\n", " ")
+    image = dict(re.findall(r"^([A-Z]+)\s+(.+)$", text, re.MULTILINE))
+    assert (image["USER"], image["VOLUME"]) == ("chat", "/data")
+    assert json.loads(image["CMD"]) == ["python", "/app/chatserver.py"]
+    assert "COPY chatserver.py schema.sql /app/\nCOPY web /app/web\n" in text
+    seen = re.findall("^!(.+)$", read("Dockerfile.dockerignore"), re.MULTILINE)
+    assert seen == ["requirements.txt", "chatserver.py", "schema.sql", "web"]
+    assert "DATABASE_URL=sqlite:////data/chat.db" in image["ENV"]
+    copy_program(tmp_path)
+    copied: Any = {"program": tmp_path / "chatserver.py", "port": free_port()}
+    async with running(tmp_path, f"sqlite:///{tmp_path}/chat.db", **copied) as [process]:
         async with aiohttp.ClientSession(process.url, raise_for_status=True) as session:
             for path in ("/", "/docs", "/web/docs.js", "/openapi.json"):
                 (await session.get(path)).release()
-        assert await succeeds(*health)
-        assert await succeeds("-c", copy)
-        assert (data / "backup.db").stat().st_size > 0
+        place: Any = {"folder": tmp_path, "PORT": str(copied["port"])}
+        health = json.loads(image["HEALTHCHECK"].partition(" CMD ")[2])[1:]
+        assert await run(sys.executable, *health, **place) == (0, "")
+        (copy,) = re.findall(r'docker exec chat python -c "(.*)"\n', read("README.md"))
+        copy = copy.replace('\\"', '"').replace("/data", str(tmp_path))
+        assert await run(sys.executable, "-c", copy, **place) == (0, "")
+        assert (tmp_path / "backup.db").stat().st_size > 0
         assert await process.end() == 0
-        assert not await succeeds(*health)
-    finally:
-        process.kill()
-
-
-# --- Compose and Procfile
-
-
-def test_compose_starts_the_server_once_postgres_is_ready() -> None:
-    """The server waits for a healthy Postgres whose data outlive it, and is started again."""
-    composed = yaml.safe_load(read("compose.yaml"))
-    chat, postgres = composed["services"]["chat"], composed["services"]["postgres"]
-    context = (DEPLOY / chat["build"]["context"]).resolve()
-    assert context == ROOT
-    assert (context / chat["build"]["dockerfile"]).is_file()
-    assert chat["depends_on"]["postgres"]["condition"] == "service_healthy"
-    assert postgres["healthcheck"]["test"][:2] == ["CMD", "pg_isready"]
-    assert [volume.split(":")[0] for volume in postgres["volumes"]] == list(composed["volumes"])
-    assert chat["environment"]["SECRET_KEY"].startswith("${SECRET_KEY:?")
-    assert chat["environment"]["DATABASE_URL"].startswith("postgresql://chat:${POSTGRES_PASSWORD:?")
-    assert {name.lower() for name in chat["environment"]} <= set(SETTINGS)
-    assert all(port.startswith("127.0.0.1:") for port in chat["ports"])
-    assert chat["restart"] == "unless-stopped"
-
-
-@pytest.mark.slow
-async def test_the_procfile_starts_the_server_on_the_port_it_is_given(tmp_path: Path) -> None:
-    """Given a PORT, the Procfile's command listens on every address, as hosts expect."""
-    assert read("Procfile") == "web: python chatserver.py\n"
-    port, database = free_port(), f"sqlite:///{tmp_path}/chat.db"
-    async with running(tmp_path, database, host="", port=port) as [process]:
-        assert process.url == f"http://0.0.0.0:{port}"
-
-
-def test_the_notes_name_settings_that_exist() -> None:
-    """Every variable that the notes set is one of the server's, or of Docker's own."""
-    for name in re.findall(r"\b([A-Z][A-Z_]+)=", read("README.md")):
-        assert name.lower() in SETTINGS or name == "POSTGRES_PASSWORD", name
+        assert (await run(sys.executable, *health, **place))[0] == 1
