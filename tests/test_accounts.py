@@ -72,14 +72,14 @@ async def test_registration_may_be_closed_and_passwords_longer(start: Start) -> 
     chat = await start()
     alice = await chat.user("alice")
     await chat.stop()
-    chat = await start(chat, registration="closed")
-    (await chat.register(unique("bob"))).refused(403, "forbidden")
-    await chat.stop()
     chat = await start(chat, password_min_length=10)
     (await chat.register(unique("bob"), "x" * 9)).refused(400, "bad_request")
     (await chat.register(unique("bob"), "é" * 5)).ok(201)
     body = {"password": PASSWORD, "new_password": "4321"}
     (await alice.at(chat).post("/auth/password", body)).refused(400, "bad_request")
+    await chat.stop()
+    chat = await start(chat, registration="closed")
+    (await chat.register(unique("bob"))).refused(403, "forbidden")
     (await chat.login(alice.name)).ok()
 
 
@@ -88,13 +88,9 @@ async def test_registration_may_be_closed_and_passwords_longer(start: Start) -> 
 
 async def test_passwords_are_taken_exactly(chat: Server) -> None:
     """A password counts as it was given: its blanks, its case, its way to write an accent."""
-    for password, other in (
-        ("  1234 ", "1234"),
-        ("Pass", "pass"),
-        ("caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe\N{COMBINING ACUTE ACCENT}"),
-        ("éé", "éé\0"),
-        ("x" * 1024, "x" * 1023),
-    ):
+    accents = ("caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe\N{COMBINING ACUTE ACCENT}")
+    others = [("  1234 ", "1234"), ("Pass", "pass"), ("éé", "éé\0"), ("x" * 1024, "x" * 1023)]
+    for password, other in (accents, *others):
         name = unique("exact")
         (await chat.register(name, password)).ok(201)
         (await chat.login(name, other)).refused(400)
@@ -124,24 +120,16 @@ async def test_a_hash_costs_what_it_should_also_for_nobody(
     (await chat.login(old.name, "wrong")).refused(400, "invalid_grant")
 
 
-REFUSED_PASSWORDS: list[tuple[int, Event]] = [
-    (403, {"password": "wrong", "new_password": "4321"}),
-    *((400, {"password": PASSWORD, "new_password": new}) for new in ("123", "x" * 1025, "\0new")),
-    (400, {"password": PASSWORD, "new_password": 54321}),
-    (400, {"password": 1234, "new_password": "4321"}),
-    (400, {"password": PASSWORD}),
-    (400, {"new_password": "4321"}),
-]
-
-
 async def test_a_new_password_voids_the_old_and_every_token(chat: Server, there: Server) -> None:
     """A refused change changes nothing; after a good one old password and tokens are void."""
     alice = await chat.user("alice")
-    for status, body in REFUSED_PASSWORDS:
-        (await alice.post("/auth/password", body)).refused(status)
+    good = {"password": PASSWORD, "new_password": "a better one"}
+    (await alice.post("/auth/password", good | {"password": "wrong"})).refused(403, "forbidden")
+    for bad in ("123", "x" * 1025, "new\0word", 54321, None):
+        body = good | {"new_password": bad}
+        (await alice.post("/auth/password", body)).refused(400, "bad_request")
     (await chat.login(alice.name)).ok()
-    body = {"password": PASSWORD, "new_password": "a better one"}
-    (await alice.post("/auth/password", body)).ok(204)
+    (await alice.post("/auth/password", good)).ok(204)
     for server in (chat, there):
         (await alice.at(server).get("/users/me")).refused(401, "unauthorized")
         (await server.login(alice.name)).refused(400, "invalid_grant")
@@ -150,46 +138,41 @@ async def test_a_new_password_voids_the_old_and_every_token(chat: Server, there:
 
 # --- Logging in
 
-LOGINS: list[tuple[str, Event, Event]] = [
-    ("data", {"username": "{name}"}, {}),
-    ("data", {"username": " {EMAIL}\n"}, {}),
-    ("data", {"username": "  {NAME} \t", "grant_type": "password"}, {}),
-    ("data", {"username": "{email}", "scope": "", "client_id": "None", "client_secret": ""}, {}),
-    ("data", {"username": "{name}"}, {"Authorization": "Basic Og=="}),
-    ("data", {"username": "{name}"}, {"Authorization": "Bearer nonsense"}),
-    ("json", {"username": "{email}", "grant_type": "password", "more": [1]}, {}),
+LOGINS: list[tuple[str, Event]] = [
+    ("{name}", {}),
+    (" {EMAIL}\n", {}),
+    ("  {NAME} \t", {"grant_type": "password"}),
+    ("{email}", {"scope": "", "client_id": "None", "client_secret": ""}),
 ]
 
 
-async def test_all_log_in_as_their_clients_do(chat: Server) -> None:
+@pytest.mark.parametrize("kind", ["data", "json"])
+async def test_all_log_in_as_their_clients_do(chat: Server, kind: str) -> None:
     """Name or e-mail, form or JSON, with or without what OAuth clients add: it logs in."""
     alice = await chat.user("alice")
     names = {"name": alice.name, "email": alice.email}
     names |= {word.upper(): name.upper() for word, name in names.items()}
-    for kind, fields, headers in LOGINS:
-        body = fields | {"username": fields["username"].format(**names), "password": PASSWORD}
-        options: dict[str, Any] = {kind: body, "headers": headers}
+    for username, more in LOGINS:
+        body = {"username": username.format(**names), "password": PASSWORD, **more}
+        options: dict[str, Any] = {kind: body, "headers": {"Authorization": "Basic Og=="}}
         answer = await chat.ask("POST", "/auth/token", **options)
         login = answer.ok()
         assert answer.headers["Cache-Control"] == "no-store"
-        assert login.keys() == {"access_token", "token_type", "expires_in"}
-        assert (login["token_type"], login["expires_in"]) == ("bearer", 3600)
-        me = await chat.ask("GET", "/users/me", login["access_token"])
-        assert me.ok()["username"] == alice.name
+        token = login.pop("access_token")
+        assert login == {"token_type": "bearer", "expires_in": 3600}
+        assert (await chat.ask("GET", "/users/me", token)).ok()["username"] == alice.name
 
 
 BAD_LOGINS: list[tuple[str, Event]] = [
     ("invalid_grant", {"username": "nobody", "password": PASSWORD}),
-    ("invalid_grant", {"username": "no@example.com", "password": PASSWORD}),
     ("invalid_grant", {"username": "愛子", "password": "x" * 2000}),
     ("invalid_request", {"username": "alice"}),
     ("invalid_request", {"password": PASSWORD}),
     ("invalid_request", {"username": "a\0", "password": PASSWORD}),
     ("unsupported_grant_type", {"grant_type": "refresh_token", "username": "x", "password": "x"}),
 ]
-FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 GARBLED_LOGINS: list[Event] = [
-    *({"data": data, "headers": FORM} for data in (b"username=a%00&password=1", b"\xff\xfe", b"")),
+    {"data": b"\xff\xfe", "headers": {"Content-Type": "application/x-www-form-urlencoded"}},
     *({"json": {"username": name, "password": PASSWORD}} for name in (5, None, "\ud800")),
     {"json": {"username": "alice", "password": 1234}},
 ]
@@ -224,11 +207,11 @@ async def test_a_fresh_token_is_given_for_a_good_one(chat: Server, there: Server
     now = int(time.time())
     claims = jwt.decode(alice.token, KEY, ["HS256"]) | {"iat": now - 3500, "exp": now + 100}
     late = User(there, alice.name, jwt.encode(claims, KEY))
-    login = (await late.post("/auth/renew")).ok()
-    assert (login["token_type"], login["expires_in"]) == ("bearer", 3600)
-    renewed = jwt.decode(login["access_token"], KEY, ["HS256"])
+    fresh = (await late.post("/auth/renew")).ok()
+    assert (fresh["token_type"], fresh["expires_in"]) == ("bearer", 3600)
+    renewed = jwt.decode(fresh["access_token"], KEY, ["HS256"])
     assert now + 3600 <= renewed["exp"] <= now + 3610
-    for token in (late.token, login["access_token"]):
+    for token in (late.token, fresh["access_token"]):
         assert (await chat.ask("GET", "/users/me", token)).ok()["username"] == alice.name
     ended = jwt.encode(claims | {"exp": now - 1}, KEY)
     (await chat.ask("POST", "/auth/renew", ended)).refused(401, "unauthorized")
@@ -251,15 +234,13 @@ async def test_tokens_are_signed_and_live_as_it_is_set(start: Start, algorithm: 
 USES: list[tuple[str, str, Event | None]] = [
     *(("GET", path, None) for path in ("/users", "/users/me", "/rooms", "/search?q=x")),
     *(("GET", path, None) for path in ("/rooms/{room}", "/rooms/{room}/messages")),
+    *(("POST", path, None) for path in ("/auth/logout", "/auth/renew")),
+    *(("DELETE", path, None) for path in ("/rooms/{room}", "/rooms/{room}/messages/2")),
     ("POST", "/rooms/{room}/messages", {"message": "late"}),
     ("PATCH", "/rooms/{room}/messages/2", {"message": "late"}),
-    ("DELETE", "/rooms/{room}/messages/2", None),
     ("PUT", "/rooms/{room}/read", {"seq": 1}),
     ("PUT", "/rooms/{room}/members/first", {"role": "member"}),
-    ("DELETE", "/rooms/{room}", None),
     ("POST", "/rooms", {"name": "late"}),
-    ("POST", "/auth/logout", None),
-    ("POST", "/auth/renew", None),
     ("POST", "/auth/password", {"password": PASSWORD, "new_password": "4321"}),
     ("DELETE", "/users/me", {"password": PASSWORD}),
 ]
@@ -284,16 +265,13 @@ async def test_a_logout_voids_every_token_of_ones_own(chat: Server, there: Serve
 # --- Users
 
 
-async def test_nobody_else_sees_an_email(chat: Server) -> None:
-    """Others see a name and a date; who is not there, or cannot be, is missing."""
+async def test_others_see_a_name_and_a_date(chat: Server) -> None:
+    """An e-mail address is its owner's alone; who is not there, or cannot be, is missing."""
     alice, bob = await chat.users("alice", "bob")
-    seen = await bob.get(f"/users/{alice.name.upper()}")
-    assert seen.ok().keys() == {"username", "created_at"}
-    assert seen.ok()["username"] == alice.name
-    users = await bob.get(f"/users?limit=200&after={alice.name[:-1]}")
-    assert alice.name in users.body.decode()
-    assert alice.email not in users.body.decode()
-    assert (await alice.get("/users/me")).ok()["email"] == alice.email
+    seen = (await bob.get(f"/users/{alice.name.upper()}")).ok()
+    assert seen == {"username": alice.name, "created_at": seen["created_at"]}
+    assert seen in (await bob.get(f"/users?limit=200&after={alice.name[:-1]}")).ok()
+    assert (await alice.get("/users/me")).ok() == seen | {"email": alice.email}
     (await alice.get("/users/nobody-of-this-name")).refused(404, "not_found")
     for name in ("a", "al%20ice", "%D0%B0", "%00", bob.email):
         assert (await alice.get(f"/users/{name}")).status in {400, 404}
@@ -301,17 +279,13 @@ async def test_nobody_else_sees_an_email(chat: Server) -> None:
 
 async def test_users_are_listed_by_name(chat: Server) -> None:
     """The list of users is sorted by byte, as long as asked for, and goes on after a name."""
+    alice = await chat.user("alice")
     word = unique("zz")
     names = sorted(f"{word}{end}" for end in (".a", "-b", "_c", "0"))
     for name in reversed(names):
         (await chat.register(name)).ok(201)
-    alice = await chat.user("alice")
-    for query, wanted in (
-        (f"after={word}&limit=4", names),
-        (f"after={word}&limit=3", names[:3]),
-        (f"after={names[1]}&limit=2", names[2:]),
-    ):
-        users = (await alice.get(f"/users?{query}")).ok()
+    for after, limit, wanted in ((word, 4, names), (word, 3, names[:3]), (names[1], 2, names[2:])):
+        users = (await alice.get(f"/users?after={after}&limit={limit}")).ok()
         assert [user["username"] for user in users] == wanted
 
 
