@@ -2,18 +2,14 @@
 
 import asyncio
 import json
-import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 
-import httpx
 import pytest
 from authlib.integrations.requests_client import OAuth2Session as Authlib  # type: ignore[import-untyped]
 from oauthlib.oauth2 import LegacyApplicationClient  # type: ignore[import-untyped]
 from requests_oauthlib import OAuth2Session  # type: ignore[import-untyped]
 from websockets.asyncio.client import connect
 
-from tests.commands import started
 from tests.people import company
 from tests.processes import Process, running
 from tests.words import PASSWORD
@@ -52,20 +48,6 @@ async def test_oauth_clients_log_in_and_chat(process: Process, client: str) -> N
                     session.fetch_token(url, username=name, password="wrong")
 
 
-async def test_httpx_registers_logs_in_and_chats(process: Process) -> None:
-    """The whole first example works with httpx, and HEAD as monitors ask."""
-    async with httpx.AsyncClient(base_url=process.url, trust_env=False, timeout=20) as client:
-        form = {"username": "hettie", "email": "h@example.org", "password": PASSWORD}
-        assert (await client.post("/auth/register", json=form)).status_code == 201
-        login = await client.post("/auth/token", data={"username": "hettie", "password": PASSWORD})
-        client.headers["Authorization"] = f"Bearer {login.json()['access_token']}"
-        posted = await client.post("/rooms/1/messages", json={"message": "by httpx"})
-        assert posted.json() in (await client.get("/rooms/1/messages")).json()
-        for path in ("/", "/healthz", "/openapi.json", "/docs"):
-            head = await client.head(path)
-            assert (head.status_code, head.content) == (200, b""), path
-
-
 @pytest.mark.parametrize("how", ["header", "first frame"])
 async def test_the_websockets_library_chats(process: Process, how: str) -> None:
     """The library that most Python clients use connects either way, its compression declined."""
@@ -80,22 +62,3 @@ async def test_the_websockets_library_chats(process: Process, how: str) -> None:
             while json.loads(await socket.recv()).get("client_id") != "1":
                 pass
             await (await socket.ping(b"are you there?"))
-
-
-async def test_the_websockets_command_line_chats(process: Process, tmp_path: Path) -> None:
-    """`python -m websockets URI` logs in by its first line, and is heard and told."""
-    command = [sys.executable, "-m", "websockets"]
-    command += [f"{process.url.replace('http', 'ws')}/websockets/chat/1"]
-    async with (
-        company(process, "alice", "bob") as [alice, bob],
-        bob.chat("1") as chat,
-        started(*command, folder=tmp_path) as program,
-        asyncio.timeout(20),
-    ):
-        assert program.stdin and program.stdout
-        program.stdin.write(f'{{"type": "auth", "token": "{alice.token}"}}\n'.encode())
-        await program.stdout.readuntil(b'"hello"')
-        program.stdin.write(b'{"message": "by the command line"}\n')
-        await chat.hear("message", message="by the command line", username=alice.name)
-        await bob.say("1", "an answer")
-        await program.stdout.readuntil(b"an answer")
