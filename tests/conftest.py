@@ -7,12 +7,13 @@ belongs to one process, so on SQLite `there` is `chat` itself. `start` makes a s
 
 import asyncio
 import os
-import shutil
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -24,6 +25,8 @@ from tests.helpers import Server
 from tests.words import KEY, NO_LIMITS
 
 Client = TestClient[web.Request, web.Application]
+Databases = Callable[[Path], str]  # where SQLite's is to lie
+Start = Callable[..., Awaitable[Server]]  # with settings; beside another one, if one is given
 SCRYPT, POLL = chatserver.SCRYPT, chatserver.POLL  # what they are outside of these tests
 
 
@@ -42,7 +45,7 @@ def missing(reason: str) -> None:
 # --- Databases
 
 
-def cluster_or_skip() -> postgres.Cluster:
+def new_cluster() -> postgres.Cluster:
     """Start a Postgres, or skip."""
     try:
         return postgres.Cluster()
@@ -57,24 +60,15 @@ def postgres_url() -> Iterator[str]:
     if url := os.environ.get("TEST_DATABASE_URL"):
         yield url
         return
-    cluster = cluster_or_skip()
-    yield cluster.url
-    cluster.close()
+    with closing(new_cluster()) as cluster:
+        yield cluster.url
 
 
 @pytest.fixture
 def cluster() -> Iterator[postgres.Cluster]:
     """Give a Postgres of the test's own, to stop, start and cut off as it likes."""
-    cluster = cluster_or_skip()
-    yield cluster
-    cluster.close()
-
-
-class Databases(Protocol):
-    """Makes a fresh database and returns its URL."""
-
-    def __call__(self, folder: Path) -> str:
-        """Make a database; SQLite's lies in the folder."""
+    with closing(new_cluster()) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session", params=["sqlite", "postgres"])
@@ -85,39 +79,30 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def new_database(engine: str, request: pytest.FixtureRequest) -> Iterator[Databases]:
-    """Give a function that makes a fresh database of the engine."""
+    """Give a function that makes a fresh database of the engine and returns its URL."""
     if engine == "sqlite":
         yield lambda folder: f"sqlite:///{folder / 'chat.db'}"
         return
     url: str = request.getfixturevalue("postgres_url")
     made: list[str] = []
 
-    def create(folder: Path) -> str:
+    def create(_: Path) -> str:
         """Make a database on the Postgres of this run."""
-        del folder
         made.append(postgres.create_database(url))
         return made[-1]
 
     yield create
     # A cluster of our own goes away as a whole; on somebody else's we clean up behind us.
-    if os.environ.get("TEST_DATABASE_URL"):
-        for database in made:
-            postgres.drop_database(url, database)
+    for database in made if os.environ.get("TEST_DATABASE_URL") else []:
+        postgres.drop_database(url, database)
 
 
 @pytest.fixture(scope="session")
 def folders() -> Iterator[Callable[[], Path]]:
     """Give a function that makes folders for databases, where a commit is quick."""
-    made: list[str] = []
-
-    def folder() -> Path:
-        """Make a folder that goes away after the run."""
-        made.append(tempfile.mkdtemp(prefix="chat-sqlite-", dir=postgres.roomy()))
-        return Path(made[-1])
-
-    yield folder
-    for path in made:
-        shutil.rmtree(path, ignore_errors=True)
+    with ExitStack() as stack:
+        folder = partial(tempfile.TemporaryDirectory, prefix="chat-sqlite-", dir=postgres.roomy())
+        yield lambda: Path(stack.enter_context(folder()))
 
 
 # --- Servers
@@ -176,13 +161,6 @@ def there(chat: Server, servers: list[Server]) -> Server:
     """Give another process on the database of `chat`, or `chat` itself on SQLite."""
     assert chat is servers[0]
     return servers[-1]
-
-
-class Start(Protocol):
-    """Starts a server of the test's own."""
-
-    async def __call__(self, beside: Server | None = None, **settings: Any) -> Server:
-        """Start it with these settings, on a fresh database or on that of another process."""
 
 
 @pytest.fixture

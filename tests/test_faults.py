@@ -235,7 +235,7 @@ async def test_a_postgres_that_dies_and_comes_back_is_an_interruption(
         bob.at(processes[1]).chat("1") as two,
     ):
         await trial.more(50)
-        await asyncio.to_thread(cluster.stop, "immediate")
+        await asyncio.to_thread(cluster.stop)
         down = time.monotonic()
         for chat, user in ((one, alice), (two, bob.at(processes[1]))):
             assert (await try_send(chat, "refused"))["type"] == "error"
