@@ -44,6 +44,7 @@ async def test_oauth_clients_log_in_and_chat(process: Process, client: str) -> N
                 assert (token["token_type"], token["expires_in"]) == ("bearer", 3600)
                 posted = session.post(f"{process.url}/rooms/1/messages", json={"message": "hi"})
                 assert (posted.status_code, posted.json()["username"]) == (201, alice.name)
+                assert session.head(f"{process.url}/healthz").status_code == 200
                 with pytest.raises(Exception, match=r"invalid_grant.* wrong name or password"):
                     session.fetch_token(url, username=name, password="wrong")
 

@@ -24,28 +24,27 @@ from tests.words import KEY
 
 DEFAULTS = {name: str(default) for name, default in SETTINGS.items()}
 PLACES = ("config.ini", ".env", "the environment", "the command line")
-Put = Callable[..., None]
+Put = Callable[[str, str, str], None]
 
 
 @pytest.fixture(autouse=True)
 def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Put:
-    """Give a function that sets settings in one place; until then nothing is set anywhere."""
+    """Give a function that sets a setting in one place; until then nothing is set anywhere."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["chatserver.py"])
     for name in SETTINGS:
         monkeypatch.delenv(name.upper(), raising=False)
 
-    def put(place: str, **settings: str) -> None:
-        """Set these where they are read from."""
-        if place == "config.ini":
-            lines = ["[chatserver]", *(f"{name} = {value}" for name, value in settings.items())]
-            Path(place).write_text("\n".join(lines))
-        for name, value in settings.items():
-            if place == ".env":
+    def put(place: str, name: str, value: str) -> None:
+        """Set it where it is read from."""
+        match place:
+            case "config.ini":
+                Path(place).write_text(f"[chatserver]\n{name} = {value}\n")
+            case ".env":
                 Path(place).write_text(f"{name.upper()}={value}\n")
-            elif place == "the environment":
+            case "the environment":
                 monkeypatch.setenv(name.upper(), value)
-            elif place == "the command line":
+            case _:
                 sys.argv.append(f"--{name.replace('_', '-')}={value}")
 
     return put
@@ -59,14 +58,13 @@ def config() -> Config:
 # --- Where settings come from
 
 
-def test_config_ini_shows_every_setting_at_its_default(put: Put) -> None:
+def test_config_ini_shows_every_setting_at_its_default() -> None:
     """The file that comes along sets nothing, and with every line switched on nothing changes."""
     text = (ROOT / "config.ini").read_text("utf-8")
-    shown = dict(re.findall(r"^#(\w+) =(?: (.*))?$", text, re.MULTILINE))
-    assert shown == DEFAULTS
+    assert dict(re.findall(r"^#(\w+) =(?: (.*))?$", text, re.MULTILINE)) == DEFAULTS
     assert [line for line in text.splitlines() if line and line[0] != "#"] == ["[chatserver]"]
     assert text.count("\n") <= 60, "it fits on a screen"
-    put("config.ini", **shown)
+    Path("config.ini").write_text(re.sub(r"^#(?=\w+ =)", "", text, flags=re.MULTILINE))
     assert config() == Config()
 
 
@@ -84,11 +82,10 @@ def test_help_tells_every_setting_and_its_default(capsys: pytest.CaptureFixture[
 
 
 def test_each_place_overrides_those_before(put: Put) -> None:
-    """Command line over environment over .env over config.ini, setting by setting."""
-    put("config.ini", sockets="7", message_length="9")
-    for number, place in enumerate(PLACES[1:], 1):
-        put(place, message_length=f"{number}")
-        assert (config().sockets, config().message_length) == (7, number)
+    """Command line over environment over .env over config.ini."""
+    for number, place in enumerate(PLACES, 1):
+        put(place, "message_length", f"{number}")
+        assert config().message_length == number
 
 
 @pytest.mark.parametrize(
@@ -109,34 +106,27 @@ def test_values_are_taken_as_they_are_and_empty_ones_not_at_all(put: Put) -> Non
     """Percent signs, hashes and quotes are part of a secret; what compose leaves empty is unset."""
     key = "%(x)s%%#;'\"=" + "k" * 32
     Path("config.ini").write_text(f"\ufeff[chatserver]\nsecret_key = {key}\n", "utf-8")
-    put(".env", sockets="")
-    put("the environment", database_url="")
+    put(".env", "sockets", "")
+    put("the environment", "database_url", "")
     assert config() == Config(secret_key=key)
 
 
 def test_a_port_from_the_environment_opens_every_address(put: Put) -> None:
     """A host that gives PORT wants every address; with HOST, or PORT in a file, it is as set."""
-    put("config.ini", port="8123")
+    put("config.ini", "port", "8123")
     assert (config().host, config().port) == ("127.0.0.1", 8123)
-    put("the environment", port="8124")
+    put("the environment", "port", "8124")
     assert (config().host, config().port) == ("0.0.0.0", 8124)  # noqa: S104
-    put("the environment", host="127.0.0.2")
+    put("the environment", "host", "127.0.0.2")
     assert config().host == "127.0.0.2"
 
 
 # --- What is refused
 
 BAD = {
-    "port": "x -1 65536 1.5",
-    "workers": "0",
+    "port": "x -1 65536 1.5 99999999999999999999",
     "algorithm": "none RS256",
     "registration": "close",
-    "access_token_expire_minutes": "0",
-    "password_min_length": "many",
-    "message_length": "9" * 20,
-    "messages_per_second": "0.5",
-    "sockets": "1e3",
-    "proxies": "10.0.0.0/8",
     "allowed_origins": "example.org",
     "secret_key": "x" * 31,
     "database_url": "mysql://x/y chat.db",
@@ -147,9 +137,9 @@ BAD = {
 @pytest.mark.parametrize(("name", "value"), [(k, v) for k in BAD for v in BAD[k].split()])
 def test_a_bad_value_is_named_with_its_place(put: Put, place: str, name: str, value: str) -> None:
     """Wherever it stands, also where a good one overrules it, one line tells it, and no secret."""
-    put(place, **{name: value})
+    put(place, name, value)
     if place == "config.ini":
-        put("the environment", **{name: DEFAULTS[name]})
+        put("the environment", name, DEFAULTS[name])
     with pytest.raises(SystemExit, match=f"^chatserver: {name}: .*{place}.*$") as refusal:
         config()
     assert name != "secret_key" or value not in str(refusal.value)
@@ -183,14 +173,10 @@ def test_a_garbled_file_is_refused(file: str, content: bytes) -> None:
         config()
 
 
-async def start(folder: Path, *arguments: str, typed: str = "", **more: str) -> tuple[int, str]:
+async def start(folder: Path, *arguments: str, typed: str = "") -> tuple[int, str]:
     """Run a command line that ends by itself; return its exit code and what it says."""
-    variables = {name.upper(): value for name, value in more.items()} | {
-        "PORT": "0",
-        "HOST": "127.0.0.1",
-    }
     command = [sys.executable, str(PROGRAM), *arguments]
-    return await run(*command, folder=folder, typed=typed, **variables)
+    return await run(*command, folder=folder, typed=typed, PORT="0", HOST="127.0.0.1")
 
 
 def is_refused(outcome: tuple[int, str], told: str, lines: int = 1) -> None:
@@ -200,6 +186,7 @@ def is_refused(outcome: tuple[int, str], told: str, lines: int = 1) -> None:
     assert "Traceback" not in text and "hunter2" not in text, outcome
 
 
+SECRET = f"--secret-key={KEY}"
 NOWHERE = "--database-url=postgresql://me:hunter2@127.0.0.1:1/x"
 
 
@@ -207,8 +194,8 @@ NOWHERE = "--database-url=postgresql://me:hunter2@127.0.0.1:1/x"
     ("told", "arguments", "lines"),
     [
         ("secret_key", [NOWHERE], 1),
-        ("database_url", [NOWHERE, f"--secret-key={KEY}"], 1),
-        ("database_url", [NOWHERE, f"--secret-key={KEY}", "--workers=3"], 4),
+        ("database_url", [NOWHERE, SECRET], 1),
+        ("database_url", [NOWHERE, SECRET, "--workers=3"], 4),
         ("workers", ["--workers=2"], 1),
         ("no.such.host.invalid", ["--host=no.such.host.invalid"], 1),
         ("database_url", ["--database-url=sqlite:///none/chat.db"], 1),
@@ -241,15 +228,15 @@ async def test_a_database_of_the_first_edition_is_left_alone(
     postgres_url: str, tmp_path: Path
 ) -> None:
     """A database with a table of the first edition stops the start, and gets no others."""
-    url, path = postgres.create_database(postgres_url), tmp_path / "chat.db"
-    await postgres.execute(url, "CREATE TABLE rooms (floor BIGINT)")
-    is_refused(await start(tmp_path, database_url=url, secret_key=KEY), "first edition")
+    url, old = postgres.create_database(postgres_url), "CREATE TABLE rooms (floor BIGINT)"
+    await postgres.execute(url, old)
+    is_refused(await start(tmp_path, f"--database-url={url}", SECRET), "first edition")
     assert await postgres.read(url, "SELECT to_regclass('members')") == [(None,)]
-    with closing(sqlite3.connect(path)) as connection:
-        connection.execute("CREATE TABLE rooms (floor BIGINT)")
-    before = path.read_bytes()
+    with closing(sqlite3.connect("chat.db")) as connection:
+        connection.execute(old)
+    before = Path("chat.db").read_bytes()
     is_refused(await start(tmp_path), "first edition")
-    assert path.read_bytes() == before
+    assert Path("chat.db").read_bytes() == before
 
 
 # --- URLs of databases
@@ -263,23 +250,16 @@ async def test_sqlite_urls_are_sqlalchemys(tmp_path: Path, url: str) -> None:
         assert (tmp_path / "a b" / "c.db").exists()
 
 
-@pytest.mark.parametrize(
-    ("scheme", "parameters"),
-    [
-        ("postgres", "?pgbouncer=true&ssl=false"),
-        ("postgresql+asyncpg", "?sslmode=disable&application_name=chat&options="),
-        ("postgresql+psycopg2", "?sslmode=prefer&channel_binding=prefer&connect_timeout=10"),
-    ],
-)
-async def test_postgres_urls_are_as_hosts_give_them(
-    postgres_url: str, scheme: str, parameters: str
-) -> None:
+async def test_postgres_urls_are_as_hosts_give_them(postgres_url: str) -> None:
     """Whatever the scheme is called, and whatever parameters a host adds, it connects."""
     place = postgres.create_database(postgres_url).removeprefix("postgresql").partition("?")[0]
-    async with serving(
-        create_app(Config(database_url=scheme + place + parameters, secret_key=KEY))
+    for url in (
+        f"postgres{place}?pgbouncer=true&ssl=false",
+        f"postgresql+asyncpg{place}?sslmode=disable&application_name=chat&options=",
+        f"postgresql+psycopg2{place}?sslmode=prefer&channel_binding=prefer&connect_timeout=10",
     ):
-        pass
+        async with serving(create_app(Config(database_url=url, secret_key=KEY))):
+            pass
 
 
 # --- From the start to the end
@@ -291,20 +271,15 @@ async def test_no_configuration_at_all_works(tmp_path: Path) -> None:
     try:
         await process.ready()
         assert process.url.startswith("http://127.0.0.1:")
-        key = (tmp_path / "chat.db.secret").read_text()
-        assert len(key.strip()) >= 32
-        for path in tmp_path.glob("chat.db*"):
-            assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
         async with company(process, "alice") as [alice]:
+            for path in tmp_path.glob("chat.db*"):
+                assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
             assert await process.end(signal.SIGINT) == 0
             assert process.out.read_text().count("\n") == 1
             is_clean(process.log)
-            process.start()
-            await process.ready()
+            await process.again()
             assert (await alice.ask("GET", "/users/me"))["username"] == alice.name
-            assert await process.end() == 0
-        assert (tmp_path / "chat.db.secret").read_text() == key
-        assert key.strip() not in process.log
+        assert (tmp_path / "chat.db.secret").read_text().strip() not in process.log
     finally:
         process.kill()
 
@@ -317,9 +292,6 @@ async def test_an_address_of_ipv6_is_printed_as_urls_have_it(tmp_path: Path) -> 
             assert answer.status == 200
 
 
-STALLED = b'POST /auth/register HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"'
-
-
 async def test_a_stop_is_orderly_and_quick(new_database: Databases, tmp_path: Path) -> None:
     """Sockets get 1001 and all ends with 0 within 5 s, whoever reads nothing or sends half."""
     async with (
@@ -327,53 +299,48 @@ async def test_a_stop_is_orderly_and_quick(new_database: Databases, tmp_path: Pa
         company(process, "alice") as [alice],
         alice.chat("1") as stalled,
         alice.chat("1") as chat,
-        alice.chat("1", token="") as not_yet,
     ):
         half = socket.create_connection(("127.0.0.1", URL(process.url).port or 0))
-        half.sendall(STALLED)
+        half.sendall(b'POST /auth/register HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"')
         below(stalled.ws).pause_reading()
         for number in range(60):
             await chat.send(message="\u611b" * 4000, client_id=f"{number}")
         await chat.hear("message", client_id="59")
         assert await process.end() == 0
-        assert (await chat.closed(), await not_yet.closed()) == (1001, 1001)
+        assert await chat.closed() == 1001
         drop(stalled.ws)
         half.close()
-
-
-# --- set-password
 
 
 async def test_set_password_replaces_a_lost_password(
     engine: str, new_database: Databases, tmp_path: Path
 ) -> None:
     """Two equal lines become the password and end every log-in; SQLite's server has to be down."""
-    database = {"database_url": new_database(tmp_path), "secret_key": KEY}
+    url = new_database(tmp_path)
+    place = [f"--database-url={url}", SECRET, "set-password"]
+    good = "new one \nnew one \n"
     async with (
-        running(tmp_path, database["database_url"]) as [process],
+        running(tmp_path, url) as [process],
         company(process, "alice", "bob") as [alice, bob],
         alice.chat("1") as closed,
         bob.chat("1") as other,
     ):
-        good = {**database, "typed": "new one \nnew one \n"}
         if engine == "sqlite":
-            is_refused(await start(tmp_path, "set-password", alice.name, **good), "another process")
+            is_refused(await start(tmp_path, *place, alice.name, typed=good), "another process")
             await other.deliver("undisturbed")
             assert await process.end() == 0
         for typed in ("12345 \n12345\n", "12345\n", "123\n123\n", "a\0bcd\na\0bcd\n"):
-            bad = {**database, "typed": typed}
-            is_refused(await start(tmp_path, "set-password", alice.name, **bad), "password")
-        is_refused(await start(tmp_path, "set-password", "nobody-like-this", **good), "user")
-        code, told = await start(tmp_path, "set-password", alice.name.upper(), **good)
+            is_refused(await start(tmp_path, *place, alice.name, typed=typed), "password")
+        is_refused(await start(tmp_path, *place, "nobody-like-this", typed=good), "user")
+        code, told = await start(tmp_path, *place, alice.name.upper(), typed=good)
         assert code == 0 and "new one" not in told
         if engine == "sqlite":
-            process.start()
-            await process.ready()
+            await process.again()
         else:
             assert await closed.closed() == 4401
             await other.deliver("undisturbed")
-        await alice.ask("GET", "/users/me", status=401)
         await bob.ask("GET", "/users/me")
+        await alice.ask("GET", "/users/me", status=401)
         form = {"username": alice.name, "password": "1234"}
         await alice.ask("POST", "/auth/token", form, status=400)
         await alice.ask("POST", "/auth/token", form | {"password": "new one "})
