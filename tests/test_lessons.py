@@ -74,7 +74,7 @@ async def test_who_hangs_up_takes_nobody_along(start: Start) -> None:
     async with held_commits(chat) as one_hangs, Wire(chat) as wire:
         await alice.send(message="first")
         await one_hangs()
-        lost = await bob.user.enter(bob.room)
+        lost = await bob.user.enter(bob.room)  # who is a member waits for no commit
         await lost.send(message="said")
         wire.request(alice.user, f"{path}/messages", b'{"message":"posted"}')
         await until(lambda: chat.chat.queue.qsize() == 2, "both to wait for the next batch")
@@ -102,20 +102,7 @@ async def test_a_mistake_in_a_batch_is_an_answer_and_the_writer_lives(
     await alice.say("x", client_id="c1")
 
 
-# --- Coming in, and being shut out, at the wrong moment
-
-
-async def test_members_come_in_while_the_writer_is_busy(start: Start) -> None:
-    """A member enters with a read: a thousand who come back do not wait for one another."""
-    chat = await start()
-    alice, bob = await chat.talk("alice", "bob")
-    async with held_commits(chat) as one_hangs:
-        await alice.send(message="slow")
-        await one_hangs()
-        again = [await bob.user.enter(bob.room, after=2) for _ in range(5)]
-    for socket in (*again, bob, alice):
-        await socket.hears("slow")
-        assert [event["seq"] for event in socket.events] == [3]
+# --- Being shut out at the wrong moment
 
 
 async def test_a_log_out_is_answered_after_what_was_sent_before(start: Start) -> None:
