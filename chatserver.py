@@ -130,7 +130,7 @@ ENV_LINE = r"""(?:export\s+)?(\w+)\s*=\s*(["']?)(.*?)\2(?:\s+#.*)?"""
 
 
 def read_settings(name: str) -> dict[str, str]:
-    """What config.ini or .env sets, if it is there."""
+    """What config.ini or .env sets."""
     ini = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#", ";"))
     try:
         text = Path(name).read_text("utf-8-sig") if Path(name).exists() else ""
@@ -293,7 +293,7 @@ class Limiter:
             self.buckets[key] = (left - tokens, monotonic())
 
     def forget(self) -> None:
-        """Drops the keys that have all their tokens again."""
+        """Drops the keys that have all their tokens."""
         self.buckets = {key: one for key, one in self.buckets.items() if self.left(key) < self.most}
 
 
@@ -687,9 +687,9 @@ class Change:
         self.events: list[dict[str, Any]] = []
         self.notes: list[Note] = []  # for every process, once this is on disk
 
-    async def learn(self, asked: Rows) -> None:
-        """Reads what is known of the seats asked for."""
-        self.rows = [dict(row) for row in await self.fetch(GET_SEATS, document(asked))]
+    async def learn(self, asked: str) -> None:
+        """Reads what is known of some seats."""
+        self.rows = [dict(row) for row in await self.fetch(GET_SEATS, asked)]
         self.seats = {(row["room_id"], row["username"]): row for row in self.rows}
         self.heads = {row["room_id"]: row["seq"] for row in self.rows}
 
@@ -1137,7 +1137,7 @@ class Chat:
             await asyncio.sleep(wait)
 
     async def stop(self, _: web.Application) -> None:
-        """Lets what was accepted be stored, closes all sockets."""
+        """Stores what was accepted, closes all sockets."""
         self.stopping = True
         deadline = monotonic() + 1.5
         while (self.writing.locked() or not self.queue.empty()) and monotonic() < deadline:
@@ -1150,9 +1150,10 @@ class Chat:
         """Makes one change at a time, and publishes it once on disk."""
         async with self.writing, self.db.transaction() as fetch:
             change = Change(fetch)
+            wanted = document(asked)
             if isinstance(self.db, Postgres):  # who writes to SQLite has the whole file
-                await fetch(LOCK, document(asked))
-            await change.learn(asked)
+                await fetch(LOCK, wanted)
+            await change.learn(wanted)
             if me:
                 check_version(change.rows[0]["version"], me)
             yield change
@@ -1702,7 +1703,7 @@ def answer_message(socket: Socket, data: Fields, outcome: Outcome) -> None:
 
 
 def count_frame(chat: Chat, socket: Socket) -> None:
-    """Closes a socket whose user sends far too many frames."""
+    """Closes a socket whose user sends too many frames."""
     try:
         chat.frames.take(socket.username or "")
     except ChatError:
@@ -1732,7 +1733,7 @@ async def obey_text(chat: Chat, socket: Socket, me: Login, frame: str, room_id: 
 
 
 async def obey(chat: Chat, socket: Socket, frame: WSMessage, data: Fields) -> None:
-    """Does what a frame of any kind asks for."""
+    """Does what any frame asks for."""
     socket.heard = monotonic()
     me = socket.login
     if frame.type == WSMsgType.PING and not socket.is_full():
@@ -1773,7 +1774,7 @@ async def connect(request: web.Request) -> web.StreamResponse:
             await enter(chat, socket, me, data)
         async for frame in ws:
             if socket.closed:
-                break
+                continue  # until the peer closes too
             await obey(chat, socket, frame, data)
     except ChatError as error:
         socket.close(1013 if error.status == 503 else 4000 + error.status, str(error))
