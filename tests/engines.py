@@ -5,7 +5,7 @@ import secrets
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from urllib.parse import urlsplit, urlunsplit
 
 import aiosqlite
@@ -84,14 +84,19 @@ async def full_disk(server: Server) -> AsyncIterator[None]:
 async def outage(server: Server) -> AsyncIterator[None]:
     """Let nobody reach the database; of SQLite's file it is writing that is impossible."""
     url = server.config.database_url
-    if server.shared:
-        async with postgres.outage(url):
+    if not server.shared:
+        path = url.removeprefix("sqlite:///")
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
             yield
         return
-    other = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    yield
-    other.close()
+    name, beside = urlsplit(url).path[1:], postgres.with_database(url, "postgres")
+    cut = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"  # noqa: S608
+    await postgres.execute(beside, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false", cut)
+    try:
+        yield
+    finally:
+        await postgres.execute(beside, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
 
 
 @asynccontextmanager

@@ -138,30 +138,18 @@ class Chat(Frames):
         return [event["seq"] for event in self.events]
 
 
-# --- Without a library
-
-
-def upgrade_request(user: User, room: str, *headers: str) -> bytes:
-    """Return a handshake; headers that are given take the place of the usual ones."""
-    usual = {"Host": URL(user.place.url).authority, **UPGRADE}
-    if user.token:
-        usual["Authorization"] = f"Bearer {user.token}"
-    lines = {name.lower(): f"{name}: {value}" for name, value in usual.items()}
-    lines |= {header.partition(":")[0].lower(): header for header in headers}
-    start = f"GET /websockets/chat/{room} HTTP/1.1"
-    return "\r\n".join([start, *lines.values(), "", ""]).encode()
-
-
-def handshake(user: User, room: str, *headers: str, wanted: bytes = b"101") -> socket.socket:
-    """Open a socket to a room that stalls soon, or be refused; what comes is still to be read."""
+def handshake(user: User, room: str) -> socket.socket:
+    """Open a socket to a room that stalls soon, since nothing of what comes is read."""
     url, peer = URL(user.place.url), socket.socket()
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     peer.settimeout(10)
     peer.connect((url.host, url.port))
-    peer.sendall(upgrade_request(user, room, *headers))
+    headers = {"Host": url.authority, "Authorization": f"Bearer {user.token}", **UPGRADE}
+    lines = [f"{name}: {value}" for name, value in headers.items()]
+    start = f"GET /websockets/chat/{room} HTTP/1.1"
+    peer.sendall("\r\n".join([start, *lines, "", ""]).encode())
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         head += peer.recv(1)
-    assert head.startswith(b"HTTP/1.1 " + wanted), head
-    assert b"Sec-WebSocket-Extensions" not in head and b"Sec-WebSocket-Protocol" not in head
+    assert head.startswith(b"HTTP/1.1 101 "), head
     return peer

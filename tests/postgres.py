@@ -11,9 +11,8 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -122,22 +121,6 @@ def account() -> str | None:
             return name
     reason = "no Postgres: it does not run as root, and there is no other account to run it as"
     raise MissingError(reason)
-
-
-@asynccontextmanager
-async def outage(url: str) -> AsyncIterator[None]:
-    """Let nobody reach this one database for as long as the block lasts."""
-    name = urlsplit(url).path.lstrip("/")
-    beside = with_database(url, "postgres")
-    await execute(
-        beside,
-        f"ALTER DATABASE {name} ALLOW_CONNECTIONS false",
-        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'",  # noqa: S608
-    )
-    try:
-        yield
-    finally:
-        await execute(beside, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
 
 
 class Cluster:

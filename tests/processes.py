@@ -1,17 +1,14 @@
-"""Real processes of the server: started with settings, watched, frozen and killed.
-
-And what tests of processes need around them: a wire to Postgres that can be cut, and what the
-kernel knows about a process. Nothing here sleeps for luck: every wait is for a condition.
-"""
+"""Real processes of the server, a wire to Postgres that can be cut, and what the kernel knows."""
 
 import asyncio
+import itertools
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -28,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "chatserver.py"
 SETTINGS = {field.name: field.default for field in fields(Config)}
 LISTENING = r"^chatserver listening on (http://\S+)\n"
+Pair = tuple[asyncio.StreamWriter, asyncio.StreamWriter]  # the two ends of a connection
 TROUBLE = ("Traceback", "Warning:", "was never awaited", "was destroyed", "Unclosed ", "never retr")
 
 
@@ -185,25 +183,22 @@ async def cut_connections(url: str, condition: str = "true") -> int:
 
 
 class Wire:
-    """A TCP proxy before Postgres that can lose a COMMIT or its answer, fall silent, and be cut."""
+    """A TCP proxy before Postgres that can lose a COMMIT or its answer, and fall silent."""
 
     def __init__(self, url: str) -> None:
         """Prepare a wire to the Postgres of this URL."""
         self.parts = urlsplit(url)
-        self.ends: set[asyncio.StreamWriter] = set()
-        self.listening: set[asyncio.StreamWriter] = set()  # ends of connections that LISTEN
-        self.muted: set[asyncio.StreamWriter] = set()
-        self.lose = ""  # the side that is lost at the next COMMIT: request or answer
-        self.lost = asyncio.Event()
-        self.on_loss: Callable[[], None] = lambda: None
+        self.pairs: set[Pair] = set()
+        self.listening: set[Pair] = set()  # connections that LISTEN
+        self.muted: set[Pair] = set()
         self.stalled = False
+        self.lose = ""  # the side that is lost at the next COMMIT: request or answer
 
     async def __aenter__(self) -> Self:
         """Listen on a free port."""
         self.server = await asyncio.start_server(self.connect, "127.0.0.1", 0)
         account = self.parts.netloc.rpartition("@")[0]
-        port = self.server.sockets[0].getsockname()[1]
-        netloc = f"{account}@127.0.0.1:{port}"
+        netloc = f"{account}@127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
         # TLS would hide the COMMIT from us.
         self.url = urlunsplit(self.parts._replace(netloc=netloc, query="sslmode=disable"))
         return self
@@ -211,9 +206,9 @@ class Wire:
     async def __aexit__(self, *_: object) -> None:
         """Cut everything and stop listening."""
         self.server.close()
-        for end in list(self.ends):
+        for end in itertools.chain(*self.pairs):
             end.transport.abort()
-        await until(lambda: not self.ends, "the ends of the wire")
+        await until(lambda: not self.pairs, "the ends of the wire")
 
     def mute_listeners(self) -> int:
         """Forward nothing any more on connections that LISTEN; return how many there are."""
@@ -222,39 +217,32 @@ class Wire:
 
     async def connect(self, near: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         """Join a client with Postgres until either ends."""
-        far, end = await asyncio.open_connection(self.parts.hostname, self.parts.port)
-        pair = (client, end)
-        self.ends.update(pair)
-        try:
-            await asyncio.gather(self.pump("request", near, *pair), self.pump("answer", far, *pair))
-        finally:
-            self.ends.difference_update(pair)
+        far, server = await asyncio.open_connection(self.parts.hostname, self.parts.port)
+        pair = (client, server)
+        self.pairs.add(pair)
+        await asyncio.gather(
+            self.pump("request", near, server, pair), self.pump("answer", far, client, pair)
+        )
+        self.pairs.remove(pair)
+        self.listening.discard(pair)
 
     async def pump(
-        self,
-        side: str,
-        source: asyncio.StreamReader,
-        client: asyncio.StreamWriter,
-        server: asyncio.StreamWriter,
+        self, side: str, source: asyncio.StreamReader, sink: asyncio.StreamWriter, pair: Pair
     ) -> None:
         """Forward one direction, as long as nothing is to be lost in it."""
-        sink = server if side == "request" else client
         with suppress(OSError):
             while data := await source.read(1 << 16):
                 if re.search(rb"(?i)(?<!un)listen ", data):
-                    self.listening.add(client)
-                while (self.stalled or client in self.muted) and not sink.transport.is_closing():
+                    self.listening.add(pair)
+                while (self.stalled or pair in self.muted) and not sink.transport.is_closing():
                     await asyncio.sleep(0.02)
                 if self.lose == side and b"COMMIT" in data.upper():
                     self.lose = ""
-                    self.on_loss()
-                    self.lost.set()
                     break
                 sink.write(data)
                 await sink.drain()
-        self.listening.discard(client)
-        client.transport.abort()
-        server.transport.abort()
+        for end in pair:
+            end.transport.abort()
 
 
 # --- What the kernel knows (on Linux)
