@@ -12,7 +12,7 @@ from aiohttp import web
 
 from chatserver import CHAT, Config, create_app
 from tests.conftest import Databases
-from tests.people import At, User, company, enrol
+from tests.people import At, User, enrol
 from tests.processes import serving
 from tests.words import KEY, until
 
@@ -33,46 +33,25 @@ async def talk(alice: User) -> None:
     assert [event["seq"] for event in history][-2:] == [sent["seq"], posted["seq"]]
 
 
-async def test_everything_works_under_a_prefix(config: Config) -> None:
-    """As a part of a site pages, sockets and refusals are as ever, and the rest is left alone."""
-    parent = web.Application()
-    parent.add_subapp("/community/chat", create_app(config))
-    async with serving(parent) as url, company(At(f"{url}/community/chat"), "alice") as [alice]:
-        await talk(alice)
-        for page in ("/", "/docs", "/redoc"):
-            async with alice.session.get(alice.place.url + page) as answer:
-                names = re.findall('(?:src|href|action)="([^"#:]+)"', await answer.text())
-            for name in names:
-                async with alice.session.get(f"{alice.place.url}/{name}") as answer:
-                    assert answer.status == 200 and name[0] != "/", name
-                    assert not re.search(r"""(?:fetch|request|api)\([`"']/""", await answer.text())
-        document = await alice.ask("GET", "/openapi.json")
-        (login,) = document["components"]["securitySchemes"].values()
-        assert document["servers"] == [{"url": "."}]
-        assert login["flows"]["password"]["tokenUrl"] == "auth/token"
-        assert (await alice.ask("GET", "/none", status=404))["error"] == "not_found"
-        stranger = alice._replace(token="x")
-        assert (await stranger.ask("GET", "/rooms", status=401))["error"] == "unauthorized"
-        async with alice.session.get(f"{url}/none") as outside:
-            assert outside.content_type == "text/plain"
-            assert "Content-Security-Policy" not in outside.headers
-
-
 async def run_once(config: Config) -> list[int]:
     """Run a program that has the server in it, and chat; return how two sockets were closed."""
     parent = web.Application()
-    parent.add_subapp("/chat", create_app(config))
+    parent.add_subapp("/community/chat", create_app(config))
     async with aiohttp.ClientSession() as session:
         async with serving(parent) as url:
-            (alice,) = await enrol(session, At(f"{url}/chat"), "alice")
+            (alice,) = await enrol(session, At(f"{url}/community/chat"), "alice")
             await talk(alice)
+            assert (await alice.ask("GET", "/none", status=404))["error"] == "not_found"
+            async with session.get(f"{url}/none") as outside:
+                assert outside.content_type == "text/plain", "the larger program is left alone"
+                assert "Content-Security-Policy" not in outside.headers
             sockets = [await alice.chat("1", token=token).__aenter__() for token in (None, "")]
             closed = asyncio.gather(*(socket.closed() for socket in sockets))
         return list(await closed)
 
 
-async def test_in_a_running_loop_it_starts_and_stops_again(config: Config) -> None:
-    """Sockets are told when the program stops, and neither a task nor a thread is left behind."""
+async def test_in_a_running_loop_under_a_prefix(config: Config) -> None:
+    """It starts and stops again, sockets are told, and neither a task nor a thread is left."""
     tasks, threads = asyncio.all_tasks(), set(threading.enumerate())
     for _ in range(2):
         assert await run_once(config) == [1001, 1001]
