@@ -1719,8 +1719,8 @@ async def obey_text(chat: Chat, socket: Socket, me: Login, frame: str, room_id: 
         if kind == "message":
             submit_message(chat, me, data, partial(answer_message, socket, data))
             return
-        count_frame(chat, socket)
         if kind == "typing":
+            count_frame(chat, socket)
             item = {"type": "typing", "room_id": room_id, "username": me.username}
             chat.hub.whisper(item)
             chat.db.tell("whisper", item)
