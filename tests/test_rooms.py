@@ -54,27 +54,23 @@ async def make(user: User, room: Room, other: User, role: str) -> Answer:
     return await user.ask("PUT" if body else "DELETE", path, body)
 
 
-async def test_the_first_account_owns_the_lobby(start: Start) -> None:
-    """A fresh database has the public room 1, "Lobby", whose owner is who came first."""
+async def test_who_makes_a_room_owns_it(start: Start) -> None:
+    """The first account owns the Lobby; of four who make a room at once one does, and owns it."""
     chat = await start()
-    alice, bob = await chat.users("alice", "bob")
-    shown = await listed(bob, "1") or {}
-    assert (shown["name"], shown["kind"], shown["role"]) == ("Lobby", "public", None)
-    assert await Room(alice, "1").story() == ["1 alice makes alice owner"]
-
-
-async def test_who_makes_a_room_owns_it_and_its_id(chat: Server, there: Server) -> None:
-    """A new room is known in every process; of four who make it at once, one does."""
+    there = await start(chat)
     alice = await chat.user("alice")
     body = {"room_id": unique("a_b"), "name": "愛 a/b?", "kind": "private"}
     work = [alice.at(server).post("/rooms", body | {"x": 1}) for server in (chat, there) * 2]
     answers = await asyncio.gather(*work)
     assert sorted(answer.status for answer in answers) == [201, 409, 409, 409]
     (made,) = [answer.json for answer in answers if answer.status == 201]
-    shown = body | {"role": "owner", "seq": 1, "read_seq": 1, "unread": 0}
-    assert await listed(alice.at(there), body["room_id"]) == shown
-    assert made == shown | {"members": [{"username": alice.name, "role": "owner"}]}
-    assert await Room(alice, body["room_id"]).story() == ["1 alice makes alice owner"]
+    assert made.pop("members") == [{"username": alice.name, "role": "owner"}]
+    fresh = {"role": "owner", "seq": 1, "read_seq": 1, "unread": 0}
+    lobby = {"room_id": "1", "name": "Lobby", "kind": "public"}
+    for room in (body, lobby):
+        assert await listed(alice.at(there), room["room_id"]) == room | fresh
+        assert await Room(alice, room["room_id"]).story() == ["1 alice makes alice owner"]
+    assert made == body | fresh
 
 
 async def test_any_name_makes_a_room_twice(chat: Server) -> None:
@@ -95,19 +91,25 @@ BAD_ROOMS: list[tuple[str, list[Any]]] = [
 ]
 
 
-async def test_a_bad_room_is_not_made(chat: Server) -> None:
-    """Ids, names and kinds outside of the rules are refused, and nothing is made."""
-    alice = await chat.user("alice")
+async def test_what_is_bad_makes_neither_rooms_nor_members(chat: Server) -> None:
+    """Ids, names, kinds and roles outside of the rules, and unknown people, change nothing."""
+    alice, bob = await chat.users("alice", "bob")
     for field, values in BAD_ROOMS:
         for value in values:
             body = {"room_id": unique("ok"), "name": "Fine", "kind": "public", field: value}
             (await alice.post("/rooms", body)).refused(400, "bad_request")
     for status, name in ((404, "nobody-of-this-name"), (400, alice.name), (400, None), (400, 5)):
         (await alice.post("/rooms", {"kind": "direct", "username": name})).refused(status)
-    (await alice.post("/rooms", {})).refused(400, "bad_request")
-    await alice.room()  # so that something is committed after what was refused
-    assert len([room for room in (await alice.get("/rooms")).ok() if room["role"]]) == 1
+    room = await alice.room()  # which is committed after what was refused
+    assert [one["room_id"] for one in (await alice.get("/rooms")).ok() if one["role"]] == [room[1]]
     assert await chat.rows("SELECT 1 FROM rooms WHERE name LIKE '%nobody-of-this-name%'") == []
+    nobody, bobs = (f"{room.path}/members/{name}" for name in ("nobody-of-this-name", bob.name))
+    bodies: list[Any] = [*({"role": role} for role in ("king", "", 5, ["member"])), [], "x"]
+    for bad in bodies:
+        (await alice.put(bobs, bad)).refused(400, "bad_request")
+    for method, path in (("PUT", nobody), ("DELETE", nobody), ("DELETE", bobs)):
+        (await alice.ask(method, path, {"role": "member"})).refused(404, "not_found")
+    assert len(await room.log()) == 1
 
 
 @pytest.mark.parametrize(("kind", "role"), [("private", "out"), ("public", "banned")])
@@ -185,21 +187,6 @@ async def test_who_may_do_what_to_whom(chat: Server, there: Server, mine: str) -
         else:
             assert answer.status == 403, (target, role, answer)
             assert (await root.get(room.path)).ok()["seq"] == head
-
-
-async def test_neither_bad_roles_nor_unknown_people_are_let_in(chat: Server) -> None:
-    """There are four roles and no others, for those who have an account; who is out stays out."""
-    alice, bob = await chat.users("alice", "bob")
-    room = await alice.room()
-    nobody, bobs = (f"{room.path}/members/{name}" for name in ("nobody-of-this-name", bob.name))
-    bodies: list[Any] = [*({"role": role} for role in ("king", "", 5, ["member"])), [], "x"]
-    for body in bodies:
-        (await alice.put(bobs, body)).refused(400, "bad_request")
-    for body in ({}, {"role": "member"}, {"role": "banned"}):
-        (await alice.put(nobody, body)).refused(404, "not_found")
-    for path in (nobody, bobs):
-        (await alice.delete(path)).refused(404, "not_found")
-    assert len(await room.log()) == 1
 
 
 async def test_a_room_keeps_an_owner(chat: Server, there: Server) -> None:
