@@ -64,17 +64,14 @@ async def test_a_refusal_comes_before_the_upgrade_or_as_a_close_code(chat: Serve
     alice, bob = await chat.users("alice", "bob")
     private, public = await alice.room(kind="private"), await alice.room()
     await public.admit(bob, role="banned")
-    cases: list[tuple[int, Room, Any]] = [
-        *((404, Room(bob, room_id), 0) for room_id in ("no-such-room", "direct_0123")),
-        *((403, room, 0) for room in (private, public)),
-        *((400, Room(bob, "1"), cursor) for cursor in BAD_CURSORS),
-    ]
-    for status, room, after in cases:
-        path = f"/websockets/chat/{room.room_id}?after={after}"
+    cases = [(404, "no-such-room", "0"), (403, private.room_id, "0"), (403, public.room_id, "0")]
+    cases += [(400, "1", cursor) for cursor in BAD_CURSORS]
+    for status, room_id, after in cases:
+        path = f"/websockets/chat/{room_id}?after={after}"
         (await bob.ask("GET", path, headers=UPGRADE)).refused(status)
-        socket = await Socket(bob, room, after=after).connect(header=False)
+        socket = await Socket(bob, Room(bob, room_id), after=after).connect(header=False)
         await socket.send(type="auth", token=bob.token)
-        assert await socket.is_closed() == 4000 + status, (room, after)
+        assert await socket.is_closed() == 4000 + status, path
         assert socket.reason and not socket.frames
     answer = await chat.ask("GET", "/websockets/chat/1", "nonsense", headers=UPGRADE)
     answer.refused(401, "unauthorized")
@@ -99,9 +96,8 @@ async def test_an_error_names_the_frame_it_answers(chat: Server) -> None:
     """An error carries the client_id and target of its frame, but only if they are good ones."""
     alice, bob = await chat.talk("alice", "bob")
     seq = (await alice.say("mine"))["seq"]
-    for frame in ({"type": "delete"}, {"type": "edit", "message": "his"}):
-        error = await bob.ask("forbidden", **frame, target=seq, client_id="e1")
-        assert (error["client_id"], error["target"]) == ("e1", seq)
+    error = await bob.ask("forbidden", type="delete", target=seq, client_id="e1")
+    assert (error["client_id"], error["target"]) == ("e1", seq)
     bad: Any
     for bad in ("\ud800", "a\0", "x" * 65, 5.5, [], {"a": 1}, -1, True, 10**30):
         error = await alice.ask("bad_request", message="", client_id=bad, target=bad)
