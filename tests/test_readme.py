@@ -147,11 +147,14 @@ async def test_a_backup_is_made_and_put_in_place(
 
 
 def test_what_it_names_exists() -> None:
-    """Settings, files and sections that the README names are there; it and the file are short."""
-    named = re.findall(r"\b([A-Z][A-Z_]+)=", README) + re.findall(r" --(port|workers)\b", README)
-    assert {name.lower() for name in named} <= {*SETTINGS, "token"}
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    """Settings, files and sections that the pages name are there; it and the file are short."""
+    pages = [ROOT / "README.md", ROOT / "deploy" / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), target
+    texts = "".join(page.read_text("utf-8") for page in pages[:2])
+    named = {name.lower() for name in re.findall(r"\b([A-Z][A-Z_]+)=", texts)}
+    assert named <= {*SETTINGS, "token", "postgres_password"}
     headings = re.findall("^## (.*)$", README.lower(), re.MULTILINE)
     anchors = {re.sub(r"\W+", "-", heading) for heading in headings}
     assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors

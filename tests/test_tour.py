@@ -5,7 +5,6 @@ import builtins
 import re
 import sys
 from pathlib import Path
-from xml.etree import ElementTree as ET
 
 import pytest
 from aiohttp import web
@@ -44,7 +43,7 @@ METHODS = {name.rpartition(".")[2] for name in NAMES}
 
 
 def test_the_tour_names_what_is_there() -> None:
-    """Each name in it is one of the program, and each piece of code stands there as it is told."""
+    """Each name in it and its drawing is one of the program, each number and line as it is told."""
     told = re.sub(r"^Try: .*$|^\|.*\|$", "", TOUR, flags=re.MULTILINE)
     for code in re.findall("`([^`]+)`", told):
         if re.fullmatch(r"[A-Za-z_]+(\.[a-z_]+)?", code):
@@ -53,6 +52,8 @@ def test_the_tour_names_what_is_there() -> None:
             assert code.rstrip(":") in TEXT, code
     table = TOUR.partition("## Where each promise")[2]
     assert set(re.findall(r"`([A-Za-z_.]+)`", table)) <= NAMES | {"schema.sql"}
+    drawn = re.findall(r'class="name"[^>]*>([^<]+)<', (DOCS / "message.svg").read_text("utf-8"))
+    assert drawn and set(", ".join(drawn).split(", ")) <= METHODS
     for number, unit, name in re.findall(r"([\d,]+)( KiB)?(?: s)?\s\(`([A-Z_]+)`\)", TOUR):
         value = int(number.replace(",", "")) << (10 if unit else 0)
         assert getattr(chatserver, name) == value, name
@@ -72,14 +73,6 @@ def test_the_tour_can_be_read_in_an_hour() -> None:
     assert len(tries) >= 10
     for part in tries:
         assert len([one for one in mutants.MUTANTS if part in one.name]) == 1, part
-
-
-def test_the_drawing_names_what_is_there() -> None:
-    """Each function in it is one of the program."""
-    text = (DOCS / "message.svg").read_text("utf-8")
-    assert "message.svg" in TOUR
-    told = [one.text or "" for one in ET.fromstring(text).findall(".//*[@class='name']")]  # noqa: S314
-    assert told and set(", ".join(told).split(", ")) <= METHODS
 
 
 # --- The exercises
@@ -116,12 +109,8 @@ async def test_a_solution_applies_and_passes_its_tests(name: str, tmp_path: Path
     patch, test = str(DOCS / "solutions" / f"{name}.patch"), f"tests/test_{name}.py"
     assert await run(tool("git"), "apply", patch, folder=tmp_path) == (0, "")
     files = [*map(str, tmp_path.glob("*.py")), test]
-    options = ["-q", "-p", "no:cacheprovider", "-k", "not postgres"]
-    for command in (
-        ["ruff", "check", *files],
-        ["ruff", "format", "--check", *files],
-        ["pytest", *options, test],
-    ):
+    pytest_ = ["pytest", "-q", "-p", "no:cacheprovider", "-k", "not postgres", test]
+    for command in (["ruff", "check", *files], ["ruff", "format", "--check", *files], pytest_):
         code, said = await run(sys.executable, "-m", *command, folder=tmp_path)
         assert code == 0, said
 
