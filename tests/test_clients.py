@@ -1,14 +1,11 @@
-"""Clients that other people wrote work with the running server as their manuals say."""
+"""OAuth clients that other people wrote log in as their manuals say."""
 
-import asyncio
-import json
 from collections.abc import AsyncIterator
 
 import pytest
 from authlib.integrations.requests_client import OAuth2Session as Authlib  # type: ignore[import-untyped]
 from oauthlib.oauth2 import LegacyApplicationClient  # type: ignore[import-untyped]
 from requests_oauthlib import OAuth2Session  # type: ignore[import-untyped]
-from websockets.asyncio.client import connect
 
 from tests.people import company
 from tests.processes import Process, running
@@ -47,19 +44,3 @@ async def test_oauth_clients_log_in_and_chat(process: Process, client: str) -> N
                 assert session.head(f"{process.url}/healthz").status_code == 200
                 with pytest.raises(Exception, match=r"invalid_grant.* wrong name or password"):
                     session.fetch_token(url, username=name, password="wrong")
-
-
-@pytest.mark.parametrize("how", ["header", "first frame"])
-async def test_the_websockets_library_chats(process: Process, how: str) -> None:
-    """The library that most Python clients use connects either way, its compression declined."""
-    async with company(process, "alice") as [alice], asyncio.timeout(20):
-        uri = f"{process.url.replace('http', 'ws')}/websockets/chat/1"
-        headers = {"Authorization": f"Bearer {alice.token}"} if how == "header" else {}
-        async with connect(uri, additional_headers=headers, proxy=None) as socket:
-            if how != "header":
-                await socket.send(json.dumps({"type": "auth", "token": alice.token}))
-            assert json.loads(await socket.recv())["type"] == "hello"
-            await socket.send(json.dumps({"message": "Hello World!", "client_id": "1"}))
-            while json.loads(await socket.recv()).get("client_id") != "1":
-                pass
-            await (await socket.ping(b"are you there?"))

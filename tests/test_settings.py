@@ -57,24 +57,18 @@ def config() -> Config:
 # --- Where settings come from
 
 
-def test_config_ini_shows_every_setting_at_its_default() -> None:
-    """The file that comes along sets nothing, and with every line switched on nothing changes."""
+def test_every_setting_is_told_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--help` and config.ini have all; with every line of it switched on nothing changes."""
     text = (ROOT / "config.ini").read_text("utf-8")
     assert dict(re.findall(r"^#(\w+) =(?: (.*))?$", text, re.MULTILINE)) == DEFAULTS
     assert [line for line in text.splitlines() if line and line[0] != "#"] == ["[chatserver]"]
     assert text.count("\n") <= 60, "it fits on a screen"
     Path("config.ini").write_text(re.sub(r"^#(?=\w+ =)", "", text, flags=re.MULTILINE))
     assert config() == Config()
-
-
-def test_help_tells_every_setting_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
-    """`--help` shows each setting with its meaning and its default, and the one command."""
     sys.argv.append("--help")
     with pytest.raises(SystemExit, match=r"^0$"):
         config()
-    out = capsys.readouterr().out
-    assert "set-password" in out
-    shown = dict(re.findall(r"(?s)\n  --(\S+) (.*?)(?=\n  --|$)", out))
+    shown = dict(re.findall(r"(?s)\n  --(\S+) (.*?)(?=\n  --|$)", capsys.readouterr().out))
     for name, default in DEFAULTS.items():
         told = "".join(shown[name.replace("_", "-")].split())
         assert default in told and len(told) > len(default) + 10, (name, told)
