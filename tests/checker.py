@@ -111,9 +111,8 @@ class Trial:
         self.problems: list[str] = []
 
     async def __aenter__(self) -> Self:
-        """Let everybody loose: writers by socket and by post, readers who stay and who drop."""
-        ways = itertools.cycle([self.write_by_socket, self.write_by_socket, self.write_by_post])
-        works = [self.meddle(), *(way() for way in itertools.islice(ways, self.counts[0]))]
+        """Let everybody loose: writers, one who edits, readers who stay and readers who drop."""
+        works = [self.meddle(), *(self.write() for _ in range(self.counts[0]))]
         self.writers = [asyncio.create_task(work) for work in works]
         reads = [self.read(stay=number % 2 == 0) for number in range(self.counts[1])]
         self.readers = [asyncio.create_task(read) for read in reads]
@@ -206,14 +205,6 @@ class Trial:
             self.record.acknowledge(client_id, event["seq"])
         return event is not None
 
-    async def write_by_post(self) -> None:
-        """Post until it is over, most unknown messages again."""
-        user, pending, mine = next(self.users), None, list[str]()
-        while not self.over:
-            client_id = self.choose_id(pending, mine)
-            pending = None if await self.post(user, client_id) else client_id
-            await asyncio.sleep(0.1 if pending else 0.005)
-
     async def meddle(self) -> None:
         """Edit and delete what was stored."""
         user = next(self.users)
@@ -224,8 +215,8 @@ class Trial:
                 method = self.chance.choice(["PATCH", "DELETE"])
                 await self.ask(user, method, path, {"message": "edited"})
 
-    async def write_by_socket(self) -> None:
-        """Send until it is over, with a stream of its own on every connection."""
+    async def write(self) -> None:
+        """Send or post until it is over, with a stream of its own on every connection."""
         user, pending, mine = next(self.users), None, list[str]()
         while not self.over:
             with suppress(*LOST):
@@ -234,21 +225,25 @@ class Trial:
                     self.record.streams.append(stream)
                     while not self.over:
                         pending = self.choose_id(pending, mine)
-                        text = self.record.sent[pending]
-                        await ws.send_json({"message": text, "client_id": pending})
-                        pending = None if await self.is_stored(ws, stream, pending) else pending
-                        await asyncio.sleep(0.1 if pending else 0.005)
+                        if self.chance.random() < 0.3:
+                            stored = await self.post(user, pending)
+                        else:
+                            stored = await self.send(ws, stream, pending)
+                        pending = None if stored else pending
+                        await asyncio.sleep(0.005 if stored else 0.1)
             await asyncio.sleep(0.05)
 
-    async def is_stored(self, ws: Any, stream: Stream, client_id: str) -> bool:
-        """Read until a send is answered: by its event, by an ack, or by an error."""
+    async def send(self, ws: Any, stream: Stream, client_id: str) -> bool:
+        """Send a message; return whether its event, an ack or an error is the answer."""
+        await ws.send_json({"message": self.record.sent[client_id], "client_id": client_id})
         while (frame := await self.receive(ws, stream)).get("client_id") != client_id:
             pass
         if frame["type"] != "error":
             self.record.acknowledge(client_id, frame["seq"])
-        elif frame["error"] != "unavailable":
+            return True
+        if frame["error"] != "unavailable":
             self.record.complaints.append(f"refused: {frame}")
-        return bool(frame["type"] != "error")
+        return False
 
     async def read(self, *, stay: bool) -> None:
         """Follow the log from its beginning to the last message, over drops and losses."""
@@ -273,7 +268,7 @@ class Trial:
 
     async def receive(self, ws: Any, stream: Stream | None = None) -> Event:
         """Return the next frame; what has a number goes into the stream."""
-        message = await ws.receive(timeout=20)
+        message = await ws.receive(timeout=5)
         if message.type is not WSMsgType.TEXT:
             code = message.data if message.type is WSMsgType.CLOSE else 1006
             if code not in COME_AGAIN:
