@@ -126,9 +126,7 @@ chatserver.main()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_kill_9_around_a_commit_loses_nothing(
-    new_database: Databases, tmp_path: Path, when: str
-) -> None:
+async def test_kill_9_around_a_commit(new_database: Databases, tmp_path: Path, when: str) -> None:
     """Killed just before its commit, or between it and the fan-out, a batch is there once."""
     program, switch = tmp_path / "killer.py", tmp_path / "when"
     program.write_text(KILLER)
@@ -143,9 +141,7 @@ async def test_kill_9_around_a_commit_loses_nothing(
         await trial.more(30)
 
 
-async def test_a_process_that_is_frozen_for_8_s_holds_up_nobody(
-    postgres_url: str, tmp_path: Path
-) -> None:
+async def test_a_frozen_process_holds_up_nobody(postgres_url: str, tmp_path: Path) -> None:
     """Beside it all goes on; thawed it delivers nothing from after a ban, an end or a log-out."""
     async with (
         under_load(tmp_path, postgres.create_database(postgres_url), count=3) as run,
@@ -225,9 +221,7 @@ async def test_a_file_that_is_gone_stops_acknowledgements(tmp_path: Path, *, bac
 # --- A Postgres that breaks
 
 
-async def test_a_postgres_that_dies_and_comes_back_is_an_interruption(
-    cluster: postgres.Cluster, tmp_path: Path
-) -> None:
+async def test_a_postgres_that_dies_comes_back(cluster: postgres.Cluster, tmp_path: Path) -> None:
     """While Postgres is gone for 5 s all sockets live and all sends are refused; then all heals."""
     async with (
         under_load(tmp_path, cluster.url, count=2) as (processes, (alice, bob), trial),
@@ -250,9 +244,7 @@ async def test_a_postgres_that_dies_and_comes_back_is_an_interruption(
     assert len(processes[0].log) < 20_000, "it does not log every failure"
 
 
-async def test_a_postgres_that_hangs_holds_up_neither_clients_nor_the_end(
-    postgres_url: str, tmp_path: Path
-) -> None:
+async def test_a_postgres_that_hangs_holds_up_nobody(postgres_url: str, tmp_path: Path) -> None:
     """Of a database that answers nothing sends are told in time, sockets live, SIGTERM works."""
     async with (
         Wire(postgres.create_database(postgres_url)) as wire,
@@ -269,9 +261,7 @@ async def test_a_postgres_that_hangs_holds_up_neither_clients_nor_the_end(
         assert tuple(await asyncio.gather(process.end(), chat.closed())) == (0, 1001)
 
 
-async def test_connections_that_are_cut_never_make_a_false_ack(
-    postgres_url: str, tmp_path: Path
-) -> None:
+async def test_cut_connections_make_no_false_ack(postgres_url: str, tmp_path: Path) -> None:
     """Cut before or after a COMMIT took effect, or all at once, again and again, all heals."""
     url = postgres.create_database(postgres_url)
     async with (
@@ -384,9 +374,7 @@ async def test_readers_that_stop_are_cut_off_and_really_freed(tmp_path: Path) ->
         assert max(waits) < 1
 
 
-async def test_a_thousand_who_resume_in_the_same_second_get_everything(
-    new_database: Databases, tmp_path: Path
-) -> None:
+async def test_a_thousand_resume_at_once(new_database: Databases, tmp_path: Path) -> None:
     """Each gets what it missed once and goes live, and others' messages hardly wait."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 20_000), most))

@@ -21,6 +21,7 @@ from tests.words import KEY, unique, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("brisk")]
 
+Hosts = list[Process]
 LISTENERS = "(query ILIKE 'listen%' OR query ILIKE '%pg_notify%')"
 
 
@@ -31,7 +32,7 @@ def url(postgres_url: str) -> str:
 
 
 @pytest.fixture(scope="module")
-async def hosts(url: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[list[Process]]:
+async def hosts(url: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Hosts]:
     """Run four processes for all tests of this file that do not need their own."""
     async with running(tmp_path_factory.mktemp("hosts"), url, count=4) as processes:
         yield processes
@@ -69,9 +70,7 @@ async def quick(chats: Sequence[Chat], patience: float) -> None:
 # --- Together
 
 
-async def test_processes_that_start_at_once_make_one_database(
-    postgres_url: str, tmp_path: Path
-) -> None:
+async def test_processes_may_start_at_once(postgres_url: str, tmp_path: Path) -> None:
     """Five processes that start at the same moment on an empty database agree on everything."""
     url, epochs = postgres.create_database(postgres_url), set()
     async with (
@@ -86,7 +85,7 @@ async def test_processes_that_start_at_once_make_one_database(
     assert len(epochs) == 1
 
 
-async def test_four_processes_keep_every_promise(hosts: list[Process]) -> None:
+async def test_four_processes_keep_every_promise(hosts: Hosts) -> None:
     """Writers and readers who drop and resume anywhere see one log; what was told is there once."""
     async with (
         company(hosts[0], "alice", "bob", "carol") as users,
@@ -98,7 +97,7 @@ async def test_four_processes_keep_every_promise(hosts: list[Process]) -> None:
 # --- Wake-ups
 
 
-async def test_without_wake_ups_the_poll_delivers(hosts: list[Process], url: str) -> None:
+async def test_without_wake_ups_the_poll_delivers(hosts: Hosts, url: str) -> None:
     """While every listener is cut off again and again messages cross within a few seconds."""
 
     async def batter() -> None:
@@ -115,9 +114,7 @@ async def test_without_wake_ups_the_poll_delivers(hosts: list[Process], url: str
             await quick(chats, 8)
 
 
-async def test_a_listener_that_falls_silent_is_replaced(
-    hosts: list[Process], url: str, tmp_path: Path
-) -> None:
+async def test_a_silent_listener_is_replaced(hosts: Hosts, url: str, tmp_path: Path) -> None:
     """A silent listening connection holds up no send; the poll stands in, then a new connection."""
     async with (
         Wire(url) as wire,
@@ -134,7 +131,7 @@ async def test_a_listener_that_falls_silent_is_replaced(
         await quick(chats, 15)
 
 
-async def test_a_burst_of_whispers_is_told_however_long(hosts: list[Process]) -> None:
+async def test_a_burst_of_whispers_is_told_however_long(hosts: Hosts) -> None:
     """Who comes into many rooms at once, more than one NOTIFY can tell, is known elsewhere."""
     async with company(hosts[0], "alice", "bob") as (alice, bob), AsyncExitStack() as stack:
         names = [unique(f"r{number}").ljust(64, "x") for number in range(100)]
@@ -150,7 +147,7 @@ async def test_a_burst_of_whispers_is_told_however_long(hosts: list[Process]) ->
             await quick([chats[0], here], 1)
 
 
-async def test_who_is_on_a_dead_or_frozen_process_is_offline_soon(hosts: list[Process]) -> None:
+async def test_who_is_on_a_dead_or_frozen_process_is_offline_soon(hosts: Hosts) -> None:
     """Users of a killed or a frozen process go offline within 15 s; thawed, theirs are back."""
     _, other, dead, frozen = hosts
     async with company(hosts[0], "alice", "bob", "carol") as (alice, bob, carol):
@@ -183,7 +180,7 @@ SHUT: dict[str, tuple[int, str, str, str, Any]] = {
 
 
 @pytest.mark.parametrize("way", SHUT)
-async def test_shut_on_one_process_is_shut_on_all(hosts: list[Process], way: str) -> None:
+async def test_shut_on_one_process_is_shut_on_all(hosts: Hosts, way: str) -> None:
     """What shuts a user out on one process closes sockets on all, and nothing later arrives."""
     code, who, method, path, body = SHUT[way]
 
@@ -218,9 +215,7 @@ async def test_shut_on_one_process_is_shut_on_all(hosts: list[Process], way: str
 # --- Workers
 
 
-async def test_workers_share_a_port_and_end_together(
-    hosts: list[Process], url: str, tmp_path: Path
-) -> None:
+async def test_workers_share_a_port_and_an_end(hosts: Hosts, url: str, tmp_path: Path) -> None:
     """Three workers answer on one port, say once that they listen, and stop in order."""
     async with (
         company(hosts[0], "alice") as (alice,),
@@ -236,9 +231,7 @@ async def test_workers_share_a_port_and_end_together(
 
 
 @pytest.mark.parametrize("victim", ["a worker", "the parent"])
-async def test_when_one_dies_unasked_all_stop(
-    hosts: list[Process], url: str, tmp_path: Path, victim: str
-) -> None:
+async def test_if_one_dies_all_stop(hosts: Hosts, url: str, tmp_path: Path, victim: str) -> None:
     """After kill -9 of a worker or their parent, under load, all are gone within 5 s, code > 0."""
     async with (
         running(tmp_path, url, "--workers=3", clean=False) as (process,),
@@ -257,9 +250,7 @@ async def test_when_one_dies_unasked_all_stop(
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-async def test_no_worker_survives_a_stop_at_any_moment(
-    url: str, tmp_path: Path, count: int
-) -> None:
+async def test_no_worker_survives_a_stop(url: str, tmp_path: Path, count: int) -> None:
     """SIGTERM between two forks, or just after the last, leaves nothing behind."""
     process = Process(tmp_path, database_url=url, secret_key=KEY, port=0, workers=3)
     try:
@@ -272,9 +263,7 @@ async def test_no_worker_survives_a_stop_at_any_moment(
         process.kill()
 
 
-async def test_a_process_starts_while_a_table_is_tended(
-    hosts: list[Process], url: str, tmp_path: Path
-) -> None:
+async def test_a_start_waits_for_no_vacuum(hosts: Hosts, url: str, tmp_path: Path) -> None:
     """A start waits for no VACUUM or ANALYZE that runs on the log, nor holds up others for it."""
     connection = await asyncpg.connect(url)
     try:
