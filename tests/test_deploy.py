@@ -100,12 +100,22 @@ async def test_people_chat_through_a_proxy_and_are_told_apart(proxy: Any, tmp_pa
 # --- The unit, the image and the rest
 
 
-def test_what_starts_the_server_starts_it_again() -> None:
-    """The unit and compose do so after a failure, wait for Postgres, and keep what is stored."""
-    unit = dict(re.findall(r"^(\w+)=(.*)$", read("chatserver.service"), re.MULTILINE))
-    assert int(unit["LimitNOFILE"]) > Config().sockets and int(unit["TimeoutStopSec"]) > 5
-    assert unit["WorkingDirectory"] == f"%S/{unit['StateDirectory']}"
-    assert unit["Restart"] == "on-failure"
+@pytest.mark.slow
+async def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    """`systemd-analyze verify` has nothing to say; it has descriptors for all, and starts again."""
+    python, text = "/opt/chatserver/.venv/bin/python", read("chatserver.service")
+    settings = dict(re.findall(r"^(\w+)=(.*)$", text, re.MULTILINE))
+    assert int(settings["LimitNOFILE"]) > Config().sockets and int(settings["TimeoutStopSec"]) > 5
+    assert settings["WorkingDirectory"] == f"%S/{settings['StateDirectory']}"
+    assert settings["Restart"] == "on-failure" and python in text
+    unit = tmp_path / "chatserver.service"
+    unit.write_text(text.replace(python, str(Path(sys.executable).resolve())))
+    command = [tool("systemd-analyze"), "verify", "--man=no", str(unit)]
+    assert await run(*command, folder=tmp_path) == (0, "")
+
+
+def test_compose_waits_for_postgres_and_starts_again() -> None:
+    """Postgres is healthy first, and its data outlive it; and the Procfile runs the program."""
     composed = yaml.safe_load(read("compose.yaml"))
     chat, postgres = composed["services"]["chat"], composed["services"]["postgres"]
     assert (DEPLOY / chat["build"]["context"] / chat["build"]["dockerfile"]).is_file()
@@ -117,17 +127,6 @@ def test_what_starts_the_server_starts_it_again() -> None:
     assert all(port.startswith("127.0.0.1:") for port in chat["ports"])
     assert chat["restart"] == "unless-stopped"
     assert read("Procfile") == "web: python chatserver.py\n"
-
-
-@pytest.mark.slow
-async def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
-    """`systemd-analyze verify` has nothing to say about the unit, once its Python is there."""
-    python, text = "/opt/chatserver/.venv/bin/python", read("chatserver.service")
-    assert python in text
-    unit = tmp_path / "chatserver.service"
-    unit.write_text(text.replace(python, str(Path(sys.executable).resolve())))
-    command = [tool("systemd-analyze"), "verify", "--man=no", str(unit)]
-    assert await run(*command, folder=tmp_path) == (0, "")
 
 
 @pytest.mark.slow
