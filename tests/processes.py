@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -29,13 +29,6 @@ Pair = tuple[asyncio.StreamWriter, asyncio.StreamWriter]  # the two ends of a co
 TROUBLE = ("Traceback", "Warning:", "was never awaited", "was destroyed", "Unclosed ", "never retr")
 
 
-def environment(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return this process's environment without any setting of the server, and with those given."""
-    ours = {name.upper() for name in SETTINGS}
-    kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("PYTHON")}
-    return kept | {name.upper(): str(value) for name, value in settings.items()}
-
-
 class Process:
     """One `python chatserver.py` in a folder; what it prints and logs goes into files there."""
 
@@ -44,15 +37,16 @@ class Process:
         folder: Path,
         *arguments: str,
         strict: bool = True,
-        program: Any = PROGRAM,
+        program: Path = PROGRAM,
         **settings: Any,
     ) -> None:
         """Start it; `strict` turns on asyncio's debug mode and makes every warning an error."""
         flags = ["-X", "dev", "-W", "error"] if strict else []
-        program = program if isinstance(program, list) else [str(program)]
-        self.command = [sys.executable, *flags, *program, *arguments]
+        self.command = [sys.executable, *flags, str(program), *arguments]
         self.folder = folder
-        self.environment = environment(settings)
+        ours = {name.upper() for name in SETTINGS}
+        kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("PYTHON")}
+        self.environment = kept | {name.upper(): str(value) for name, value in settings.items()}
         self.start()
 
     def start(self) -> None:

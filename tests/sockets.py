@@ -248,10 +248,3 @@ class Wire:
                 if opcode == WSMsgType.CLOSE:
                     return int.from_bytes(payload[:2], "big")
         return 1006
-
-    async def rest(self) -> bytes:
-        """Return all that comes until the server closes."""
-        async with asyncio.timeout(PATIENCE):
-            with suppress(ConnectionResetError):
-                return await self.reader.read()
-        return b""

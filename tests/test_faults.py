@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("brisk")]
 
 @asynccontextmanager
 async def under_load(
-    folder: Path, url: str, *, program: Any = ROOT / "chatserver.py", count: int = 1
+    folder: Path, url: str, *, program: Path = ROOT / "chatserver.py", count: int = 1
 ) -> AsyncIterator[tuple[list[Process], list[User], Trial]]:
     """Run processes under load; afterwards no promise is broken."""
     async with (
