@@ -136,36 +136,22 @@ async def test_the_shop_announces_each_order_once(new_database: Databases, tmp_p
 
 
 @pytest.mark.slow
-async def test_the_bot_answers(tmp_path: Path) -> None:
-    """In 30 lines it rolls the dice for who asks."""
+async def test_the_bot_answers_on_the_page_of_another_site(tmp_path: Path) -> None:
+    """From an origin that the server names the page shows and posts; in 30 lines a bot answers."""
+    command = [sys.executable, str(EXAMPLES / "bot.py")]
     assert (EXAMPLES / "bot.py").read_text("utf-8").count("\n") <= 30
-    async with (
-        running(tmp_path, f"sqlite:///{tmp_path}/chat.db") as [process],
-        company(process, "alice", "dice") as [alice, dice],
-        alice.chat("1") as chat,
-    ):
-        command = [sys.executable, str(EXAMPLES / "bot.py"), process.url, dice.name, PASSWORD, "1"]
-        async with started(*command, folder=tmp_path):
-            await chat.hear("presence", username=dice.name, online=True)
-            for _ in range(2):
-                await chat.send(message="/roll")
-                said = await chat.hear("message", username=dice.name)
-                assert re.fullmatch(rf"{alice.name} rolls [1-6]", said["message"])
-
-
-@pytest.mark.slow
-async def test_the_page_of_another_site_shows_and_posts(tmp_path: Path) -> None:
-    """From its own origin, which the server names, it logs in, shows what is said, and posts."""
     elsewhere = web.Application()
     elsewhere.router.add_static("/", EXAMPLES)
     database = f"sqlite:///{tmp_path}/chat.db"
     async with (
         serving(elsewhere) as origin,
         running(tmp_path, database, allowed_origins=f"https://example.org, {origin}") as [process],
-        company(process, "alice") as [alice],
+        company(process, "alice", "dice") as [alice, dice],
         alice.chat("1") as chat,
+        started(*command, process.url, dice.name, PASSWORD, "1", folder=tmp_path),
         browsing(tool("chromium", "chromium-browser")) as browser,
     ):
+        await chat.hear("presence", username=dice.name, online=True)
         await chat.deliver("<b>before</b>")
         tab = await browser.tab(f"{origin}/page.html")
         form = {"server": process.url, "username": alice.name, "password": PASSWORD}
@@ -173,10 +159,10 @@ async def test_the_page_of_another_site_shows_and_posts(tmp_path: Path) -> None:
             await tab.fill(f"[name={field}]", text)
         await tab.click("#login button")
         await tab.equals("document.getElementById('state').textContent", f"Here as {alice.name}.")
-        await chat.deliver("live")
-        await tab.fill("[name=message]", "from elsewhere")
+        await tab.fill("[name=message]", "/roll")
         await tab.click("#compose button")
-        event = await chat.hear("message", message="from elsewhere")
-        assert len(event["client_id"]) == 36
-        lines = [f"{alice.name}: {said}" for said in ("<b>before</b>", "live", "from elsewhere")]
-        await tab.equals("document.getElementById('messages').innerText", "\n".join(lines))
+        assert len((await chat.hear("message", message="/roll"))["client_id"]) == 36
+        said = (await chat.hear("message", username=dice.name))["message"]
+        assert re.fullmatch(rf"{alice.name} rolls [1-6]", said)
+        shown = [f"{alice.name}: <b>before</b>", f"{alice.name}: /roll", f"{dice.name}: {said}"]
+        await tab.equals("document.getElementById('messages').innerText", "\n".join(shown))
