@@ -421,7 +421,7 @@ class Postgres:
         place, _, query = url.partition("://")[2].partition("?")
         dsn = f"postgresql://{place}?{'&'.join(re.findall(self.kept, query))}"
         limits = {"lock_timeout": "3s", "statement_timeout": "10s"}
-        limits["idle_in_transaction_session_timeout"] = "800ms"  # who freezes
+        limits["idle_in_transaction_session_timeout"] = "1500ms"  # who freezes
         self.options = {"dsn": dsn, "timeout": 5, "command_timeout": 15, "server_settings": limits}
 
     async def open(self, schema: str) -> None:
