@@ -109,6 +109,16 @@ async def test_an_edit_and_a_delete_show_everywhere(chat: Server, there: Server)
         (await alice.delete(f"{path}{target}")).refused(404, "not_found")
 
 
+async def test_edits_at_once_are_all_events(chat: Server, there: Server) -> None:
+    """Of edits at the same time on two processes each is done, under a number of its own."""
+    (alice,) = await chat.talk("alice")
+    await alice.say("first")
+    path = f"{alice.room.path}/messages/2"
+    work = [alice.user.at(server).patch(path, {"message": "x"}) for server in (chat, there) * 3]
+    assert [answer.status for answer in await asyncio.gather(*work)] == [200] * 6
+    await alice.reaches(8)
+
+
 async def test_who_may_change_a_message(chat: Server) -> None:
     """Who is in edits one's own, moderators and owners delete others', and nobody edits those."""
     alice, bob = await chat.users("alice", "bob")
