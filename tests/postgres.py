@@ -11,19 +11,16 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 
 if os.name == "posix":
     import pwd
-
-T = TypeVar("T")
 
 # Quick to start and small, but as durable as any: fsync and what belongs to it stay on.
 CONFIGURATION = """
@@ -60,12 +57,6 @@ def free_port() -> int:
         return port
 
 
-def run_apart(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end in a loop and a thread of its own, wherever the caller is."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()
-
-
 async def read(url: str, statement: str, *values: object) -> list[Any]:
     """Return the rows of one statement on the database at `url`, on a connection of its own."""
     connection = await asyncpg.connect(url)
@@ -81,6 +72,12 @@ async def execute(url: str, *statements: str) -> None:
         await read(url, statement)
 
 
+def execute_apart(url: str, statement: str) -> None:
+    """Run a statement in a loop and a thread of its own, wherever the caller is."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, execute(url, statement)).result()
+
+
 def with_database(url: str, name: str) -> str:
     """Return the URL of another database on the same Postgres."""
     return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
@@ -89,14 +86,14 @@ def with_database(url: str, name: str) -> str:
 def create_database(url: str) -> str:
     """Create a fresh database beside the one at `url` and return its URL."""
     name = f"chat_test_{secrets.token_hex(6)}"
-    run_apart(execute(url, f"CREATE DATABASE {name} TEMPLATE template0"))
+    execute_apart(url, f"CREATE DATABASE {name} TEMPLATE template0")
     return with_database(url, name)
 
 
 def drop_database(url: str, database: str) -> None:
     """Drop a database that `create_database` made, whoever may still be connected to it."""
     name = urlsplit(database).path.lstrip("/")
-    run_apart(execute(url, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
+    execute_apart(url, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
 
 
 def binaries() -> Path:

@@ -91,8 +91,6 @@ class Answer:
 
 def is_refusal(error: Event, code: str = "") -> None:
     """Check that an error says its code and one sentence for people."""
-    assert isinstance(error["error"], str), error
-    assert isinstance(error["detail"], str), error
-    assert error["detail"].strip(), error
-    assert "\n" not in error["detail"], error
+    assert isinstance(error["error"], str) and isinstance(error["detail"], str), error
+    assert error["detail"].strip() and "\n" not in error["detail"], error
     assert not code or error["error"] == code, f"expected {code}: {error}"
