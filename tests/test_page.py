@@ -304,7 +304,7 @@ async def test_a_line_that_falls_silent_is_noticed(house: House) -> None:
     begun = time.monotonic()
     await bob.say(rooms[2], "missed")
     await asyncio.sleep(6)  # the time in which one types nothing
-    await typed.fill("#text", "are you there?")
+    await typed.type("are you there?")
     await slept.js("document.onvisibilitychange()")
     for tab in (typed, slept, busy):
         await tab.equals(STATE, "resumed")
