@@ -504,14 +504,14 @@ def document(rows: abc.Iterable[Row]) -> str:
     return encode(dict(enumerate(rows)))
 
 
-# Only a message's own row holds its text; an edit tells the text of now.
-EVENT = """SELECT e.seq, e.kind, e.json, t.json AS edited FROM events e LEFT JOIN events t
-  ON e.kind = 'edit' AND t.room_id = e.room_id AND t.seq = e.target"""
+# Only a message's row holds its text; an edit tells that of now.
+EVENT = """SELECT e.seq, e.kind, e.json, (SELECT t.json FROM events t
+  WHERE e.kind = 'edit' AND t.room_id = e.room_id AND t.seq = e.target) AS edited FROM events e"""
 READABLE = "(m.role <> 'banned' OR (m.role IS NULL AND r.kind = 'public'))"
 ROOM = """SELECT r.room_id, r.name, r.kind, m.role, coalesce(m.read_seq, 0) AS read_seq,
   (SELECT coalesce(max(e.seq), 0) FROM events e WHERE e.room_id = r.room_id) AS seq,
   (SELECT count(*) FROM (SELECT 1 FROM events e WHERE e.room_id = r.room_id
-  AND e.seq > m.read_seq AND e.folded IS NOT NULL LIMIT 100) AS news) AS unread
+  AND e.seq > m.read_seq AND e.folded IS NOT NULL ORDER BY e.seq LIMIT 100) AS news) AS unread
   FROM rooms r LEFT JOIN members m ON m.room_id = r.room_id AND m.username = $1
   WHERE r.kind <> 'deleted'"""
 GET_EPOCH = """INSERT INTO meta (name, value) VALUES ('epoch', $1)
@@ -739,7 +739,7 @@ def check_role(change: Change, room_id: str, me: str, member: str, role: str | N
 
 
 async def check_owners(change: Change, member: str, room_ids: abc.Sequence[str]) -> None:
-    """Refuses to let go the last owner of one of these rooms."""
+    """Refuses to let the last owner of a room go."""
     alone = [row["room_id"] for row in await change.fetch(LIST_OWN_ROOMS, member)]
     if last := [room_id for room_id in alone if room_id in room_ids]:
         raise ChatError(409, f"first give {', '.join(last)} another owner, or delete it")
@@ -955,7 +955,7 @@ class Hub:
             self.db.tell("head", room_id, added[-1]["seq"])
 
     def hand(self, room: Room, events: Rows) -> None:
-        """Hands a stretch of a log to all who stand right before it."""
+        """Hands a stretch of a log to all who stand before it."""
         for page in to_pages(events):
             for socket in room.sockets:
                 if socket.cursor == page.start and not socket.is_full():
@@ -1151,7 +1151,7 @@ class Chat:
         async with self.writing, self.db.transaction() as fetch:
             change = Change(fetch)
             wanted = document(asked)
-            if isinstance(self.db, Postgres):  # who writes to SQLite has the whole file
+            if isinstance(self.db, Postgres):  # SQLite's writer has the whole file
                 await fetch(LOCK, wanted)
             await change.learn(wanted)
             if me:
