@@ -22,7 +22,7 @@ from aiohttp.test_utils import TestClient, TestServer
 import chatserver
 from tests import postgres
 from tests.helpers import Server
-from tests.words import KEY, NO_LIMITS
+from tests.words import KEY, NO_LIMITS, until
 
 Client = TestClient[web.Request, web.Application]
 Databases = Callable[[Path], str]  # where SQLite's is to lie
@@ -126,6 +126,12 @@ def config(database: str, **settings: Any) -> chatserver.Config:
     return chatserver.Config(**(fixed | settings))
 
 
+async def hear_each_other(*servers: Server) -> None:
+    """Wait until processes on one Postgres get each other's notes."""
+    if len(servers) > 1:
+        await until(lambda: all(server.hub.peers for server in servers), "notes of each other")
+
+
 @pytest.fixture(scope="session")
 async def servers(
     constants: None,
@@ -141,6 +147,7 @@ async def servers(
     for client in clients:
         await client.start_server()
     running = [Server(client) for client in clients]
+    await hear_each_other(*running)
     await running[0].user("first")  # who owns the Lobby, so that nobody else does
     yield running
     for client in clients:
@@ -182,6 +189,8 @@ async def start(
         url = beside.config.database_url if beside else new_database(folders())
         app = chatserver.create_app(config(url, **settings))
         started.append(Server(await aiohttp_client(app)))
+        if beside and beside.runs:
+            await hear_each_other(beside, started[-1])
         return started[-1]
 
     yield start
