@@ -205,15 +205,18 @@ async def test_a_process_that_is_cut_off_comes_back(
         bob, carol = await chat.users("bob", "carol")
         bobs, carols = [await user.at(there).enter(alice.room) for user in (bob, carol)]
         await alice.hears(type="presence", username=carol.name, online=True)
+        doomed = await alice.user.room(bob)
+        others = await bob.at(there).enter(doomed)
         await set_login("NOLOGIN")
         for user in (bob, carol):
             await alice.hears(type="presence", username=user.name, online=False)
         await alice.say("into the void")
         (await carol.post("/auth/logout")).ok(204)
+        (await alice.user.delete(doomed.path)).ok(204)
         await bobs.ask("unavailable", message="anybody?")
         await set_login("LOGIN")
         await bobs.hears("into the void")
-        assert await carols.is_closed() == 4401
+        assert (await carols.is_closed(), await others.is_closed()) == (4401, 4404)
         await alice.hears(type="presence", username=bob.name, online=True)
         caplog.clear()
         await there.forget()

@@ -275,6 +275,19 @@ async def test_5_who_stops_reading_is_cut_off_and_freed(
     await back.reaches((await alice.say("the end"))["seq"])
 
 
+async def test_5_who_says_good_bye_unread_is_freed(chat: Server) -> None:
+    """A socket that closes but reads nothing of what waits for it is freed soon."""
+    (alice,) = await chat.talk("alice")
+    await alice.say_all(LONG for _ in range(60))
+    async with Wire(chat, buffer=4096) as wire:
+        await wire.upgrade(alice.user, alice.room, "?after=0")
+        await until(lambda: waits(chat, alice.name) > 0, "something to wait")
+        (socket,) = [s for s in chat.hub.users[alice.name] if s.transport.get_write_buffer_size()]
+        wire.frame(b"\x03\xe8", WSMsgType.CLOSE)
+        await until(lambda: socket not in chat.hub.sockets, "the server to forget it", 5)
+        await until(lambda: not socket.transport.get_write_buffer_size(), "its memory", 5)
+
+
 async def test_5_whispers_do_not_pile_up(chat: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a room where only typing flows a stalled reader costs as little, and others hear it."""
     assert chatserver.UNSENT <= 2**19

@@ -120,6 +120,10 @@ async def test_what_is_no_text_frame_ends_its_own_socket(chat: Server) -> None:
             for number in range(20):
                 wire.frame(f'{{"message":"late {number}"}}'.encode())
             assert await wire.close_code() == code
+            for _ in range(5 if code == 1003 else 0):  # it reads on until its peer closes too
+                wire.frame(b'{"message":"later still"}')
+                await asyncio.sleep(0.02)
+                assert not wire.reader.at_eof() and not wire.reader.exception()
     await until(lambda: len(chat.hub.users[alice.name]) == 1, "their end")
     await alice.say("not disturbed")
     await bob.hears("not disturbed")
