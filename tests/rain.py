@@ -114,4 +114,5 @@ class Rain:
                     sink.write(data)
                     await sink.drain()
                 data = b""
-        connection.cut()
+        if not connection.silent:  # else nobody hears of its end either
+            connection.cut()
