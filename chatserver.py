@@ -484,8 +484,8 @@ class Postgres:
                     notes: list[Note] = [("alive",)]
                     with suppress(TimeoutError):
                         notes.append(await asyncio.wait_for(self.notes.get(), 1))
-                    # NOTIFY carries less than 8000 bytes; a note has up to 300.
-                    while len(notes) < 25 and not self.notes.empty():
+                    # NOTIFY carries less than 8000 bytes; a note has up to 152.
+                    while len(notes) < 50 and not self.notes.empty():
                         notes.append(self.notes.get_nowait())
                     await connection.execute(self.notify, encode([name, *notes]), timeout=4)
             finally:
