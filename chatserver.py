@@ -338,7 +338,7 @@ class SQLite:
         self.opened: list[aiosqlite.Connection] = []
 
     async def connect(self, *pragmas: str, suffix: str = "") -> aiosqlite.Connection:
-        """Opens a connection, which has a thread of its own."""
+        """Opens a connection with its thread."""
         path = self.path + suffix
         connection = await aiosqlite.connect(path, timeout=2, isolation_level="IMMEDIATE")
         self.opened.append(connection)
@@ -461,7 +461,7 @@ class Postgres:
                 yield connection.fetch
 
     def tell(self, *note: Any) -> None:
-        """Has others told soon, if that can be done."""
+        """Has others told soon, if it can."""
         with suppress(asyncio.QueueFull):
             self.notes.put_nowait(note)
 
@@ -680,7 +680,7 @@ class Change:
     def __init__(self, fetch: Fetch) -> None:
         self.fetch = fetch
         self.now = int(time.time() * 1000)
-        self.created_at = iso_time(self.now)
+        self.iso_now = iso_time(self.now)
         self.rows: list[dict[str, Any]] = []  # what is known, in the order asked
         self.seats: dict[tuple[str, str], dict[str, Any]] = {}  # the same, by room and user
         self.heads: dict[str, int] = {}
@@ -712,7 +712,7 @@ class Change:
         """Adds an event under the room's next number."""
         self.heads[room_id] += 1
         event = {"room_id": room_id, "seq": self.heads[room_id], "username": username}
-        shown = {"type": kind, **event, "created_at": self.created_at, **fields}
+        shown = {"type": kind, **event, "created_at": self.iso_now, **fields}
         event |= {"kind": kind, "created_at": self.now, "json": encode(shown)}
         event |= {"target": fields.get("target"), "client_id": fields.get("client_id")}
         event["folded"] = fold(fields["message"]) if kind == "message" else None
@@ -882,8 +882,9 @@ class Socket:
     def sweep(self, now: float) -> None:
         """Ends what has expired, stalled or fallen silent."""
         waiting = self.transport.get_write_buffer_size()
-        if not waiting or self.written - waiting != self.taken:
-            self.taken = self.written - waiting
+        taken = self.written - waiting
+        if taken != self.taken or not waiting:
+            self.taken = taken
             self.moved = now
         if self.login is None and now - self.opened > LOGIN_WAIT:
             self.close(4401, "no log-in came within 10 s")
@@ -1160,7 +1161,7 @@ class Chat:
             if change.events:
                 await fetch(ADD_EVENTS, document(change.events))
             if isinstance(self.db, Postgres):
-                for note in change.notes:
+                for note in change.notes:  # from "", so that all hear it
                     await fetch(self.db.notify, encode(["", note]))
         self.hub.publish(change.events)
         for note in change.notes:
@@ -1529,7 +1530,7 @@ async def edit_message(chat: Chat, me: Login, data: Fields, *, erase: bool = Fal
             raise ChatError(403, "this message is somebody else's")
         event = json.loads(row["json"])
         if message:
-            event |= {"message": message, "edited_at": change.created_at}
+            event |= {"message": message, "edited_at": change.iso_now}
         else:
             event["deleted"] = True
             del event["message"]
