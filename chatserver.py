@@ -1857,7 +1857,7 @@ async def answer_errors(request: web.Request, handler: typedefs.Handler) -> web.
     except ConnectionError:
         raise  # nobody is there
     except Exception:
-        LOGGER.exception("%s %s failed", request.method, request.path)
+        LOGGER.exception("%s %r failed", request.method, request.path)
         return refuse(request, ChatError(500, MISTAKE))
 
 

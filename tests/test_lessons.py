@@ -92,6 +92,20 @@ async def test_a_mistake_does_not_stop_the_writer(
     await alice.say("x", client_id="c1")
 
 
+async def test_a_mistake_tells_clients_nothing_and_logs_no_line_of_theirs(
+    chat: Server, monkeypatch: Patch, caplog: Log
+) -> None:
+    """A request that meets a mistake is 500 without its cause; its path is quoted in the log."""
+    alice = await chat.user("alice")
+    headers = {"Authorization": f"Bearer {alice.token}"}
+    with monkeypatch.context() as patch:
+        patch.setattr(chatserver, "read_fields", lambda *_, **__: 1 / 0)
+        async with chat.client.session.get(chat.url("/users/%0Aforged"), headers=headers) as answer:
+            assert answer.status == 500 and "Zero" not in await answer.text()
+    assert "ZeroDivisionError" in caplog.text and "\nforged" not in caplog.text
+    caplog.clear()
+
+
 # --- Being shut out at the wrong moment
 
 

@@ -352,6 +352,9 @@ function showDoor(words) {
   const username = session?.username ?? "";
   if (session) session.token = null;
   if (here) leaveRoom();
+  wipe(); // what was read leaves the page, hidden or not
+  $("rooms").replaceChildren();
+  $("results").replaceChildren();
   session = null;
   outbox.clear();
   document.querySelectorAll("dialog").forEach((dialog) => dialog.close());
