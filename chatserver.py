@@ -504,14 +504,16 @@ def document(rows: abc.Iterable[Row]) -> str:
     return encode(dict(enumerate(rows)))
 
 
-# Only a message's row holds its text; an edit tells that of now.
+# Only a message's row holds its text; an edit tells that of now. Who posts has read all before.
 EVENT = """SELECT e.seq, e.kind, e.json, (SELECT t.json FROM events t
   WHERE e.kind = 'edit' AND t.room_id = e.room_id AND t.seq = e.target) AS edited FROM events e"""
 READABLE = "(m.role <> 'banned' OR (m.role IS NULL AND r.kind = 'public'))"
-ROOM = """SELECT r.room_id, r.name, r.kind, m.role, coalesce(m.read_seq, 0) AS read_seq,
+MARK = """(SELECT max(seq) FROM (SELECT m.read_seq AS seq UNION ALL SELECT max(e.seq) FROM events e
+  WHERE e.room_id = r.room_id AND e.username = m.username AND e.target IS NULL) AS marks)"""
+ROOM = f"""SELECT r.room_id, r.name, r.kind, m.role, coalesce({MARK}, 0) AS read_seq,
   (SELECT coalesce(max(e.seq), 0) FROM events e WHERE e.room_id = r.room_id) AS seq,
   (SELECT count(*) FROM (SELECT 1 FROM events e WHERE e.room_id = r.room_id
-  AND e.seq > m.read_seq AND e.folded IS NOT NULL ORDER BY e.seq LIMIT 100) AS news) AS unread
+  AND e.seq > {MARK} AND e.folded IS NOT NULL ORDER BY e.seq LIMIT 100) AS news) AS unread
   FROM rooms r LEFT JOIN members m ON m.room_id = r.room_id AND m.username = $1
   WHERE r.kind <> 'deleted'"""
 GET_EPOCH = """INSERT INTO meta (name, value) VALUES ('epoch', $1)
@@ -543,9 +545,9 @@ DROP_MEMBER = "DELETE FROM members WHERE room_id = $1 AND username = $2"
 DROP_MEMBERS = "DELETE FROM members WHERE room_id = $1"
 SET_READ = """UPDATE members SET read_seq = $3
   WHERE room_id = $1 AND username = $2 AND read_seq < $3"""
-SET_MARKS = """INSERT INTO members (room_id, username, role, read_seq) SELECT value ->> 'room_id',
-  value ->> 'username', 'member', CAST(value ->> 'seq' AS BIGINT) FROM json_each($1) WHERE true
-  ON CONFLICT (room_id, username) DO UPDATE SET read_seq = excluded.read_seq"""
+ADD_MEMBERS = """INSERT INTO members (room_id, username, role, read_seq) SELECT
+  value ->> 'room_id', value ->> 'username', 'member', CAST(value ->> 'seq' AS BIGINT)
+  FROM json_each($1)"""
 LOCK = """WITH p AS (SELECT value FROM json_each($1)), r AS (SELECT 1 FROM rooms
   WHERE room_id IN (SELECT value ->> 'room_id' FROM p) ORDER BY room_id FOR UPDATE),
   u AS (SELECT 1 FROM users WHERE username IN (SELECT value ->> 'username' FROM p)
@@ -779,11 +781,9 @@ async def post_all(change: Change, posts: abc.Sequence[Post]) -> list[Outcome]:
                 sent[key] = stored.json
         except ChatError as error:
             outcomes.append(error)
-    # Who has joined becomes a member; who has posted has read all before.
-    newest = {(event["room_id"], event["username"]): event["seq"] for event in change.events}
-    marks = [{"room_id": key[0], "username": key[1], "seq": seq} for key, seq in newest.items()]
-    if marks:
-        await change.fetch(SET_MARKS, document(marks))
+    joined = [event for event in change.events if event["kind"] == "member"]
+    if joined:
+        await change.fetch(ADD_MEMBERS, document(joined))
     return outcomes
 
 

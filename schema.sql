@@ -48,3 +48,6 @@ CREATE TABLE IF NOT EXISTS events (         -- the log, the history and the queu
 );
 
 CREATE UNIQUE INDEX IF NOT EXISTS events_by_client ON events (room_id, username, client_id) WHERE client_id IS NOT NULL;
+
+-- Who posts has read what came before: one's newest event that is about no other event is a read mark, too.
+CREATE INDEX IF NOT EXISTS events_by_user ON events (username, room_id, seq) WHERE target IS NULL;
