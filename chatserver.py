@@ -957,12 +957,12 @@ class Hub:
 
     def hand(self, room: Room, events: Rows) -> None:
         """Hands a stretch of a log to all who stand before it."""
-        for page in to_pages(events):
+        for start, end, frames, removed in to_pages(events):
             for socket in room.sockets:
-                if socket.cursor == page.start and not socket.is_full():
-                    socket.write(page.frames)
-                    socket.cursor = page.end
-                    if page.removed == socket.username and page.end > socket.entered:
+                if socket.cursor == start and not socket.is_full():
+                    socket.write(frames)
+                    socket.cursor = end
+                    if removed == socket.username and end > socket.entered:
                         socket.close(4403, "you are no longer in this room")
 
     def notice(self, room_id: str, head: int) -> None:
@@ -1176,6 +1176,7 @@ class Chat:
     async def write_batch(self) -> None:
         """Stores together what came meanwhile."""
         posts = [await self.queue.get()]
+        await asyncio.sleep(0)  # others come just now
         while len(posts) < BATCH and not self.queue.empty():
             posts.append(self.queue.get_nowait())
         outcomes: list[Outcome]
