@@ -18,7 +18,7 @@ PUBLISH = (
 BROKEN: dict[str, tuple[str, str, set[str]]] = {
     "acknowledges before the commit": (STORE, STORE + PUBLISH, {"lost", "reset", "other"}),
     "drops one delivery in 200": (
-        *("socket.write(page.frames)\n", "secrets.randbelow(200) and socket.write(page.frames)\n"),
+        *("socket.write(frames)\n", "secrets.randbelow(200) and socket.write(frames)\n"),
         {"hole"},
     ),
     "repeats one on resume": (
