@@ -4,8 +4,8 @@ import asyncio
 import secrets
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
 from urllib.parse import urlsplit, urlunsplit
 
 import aiosqlite
@@ -13,6 +13,7 @@ import asyncpg
 
 from tests import postgres
 from tests.helpers import Server
+from tests.processes import cut_connections
 from tests.words import PATIENCE, until
 
 AT_COMMIT = """CREATE OR REPLACE FUNCTION at_commit() RETURNS trigger LANGUAGE plpgsql AS
@@ -80,14 +81,20 @@ async def full_disk(server: Server) -> AsyncIterator[None]:
     await writer(server).execute(f"PRAGMA max_page_count = {2**30}")
 
 
+@contextmanager
+def locked(url: str) -> Iterator[None]:
+    """Let another program write into SQLite's file, and so nobody else."""
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+
+
 @asynccontextmanager
 async def outage(server: Server) -> AsyncIterator[None]:
     """Let nobody reach the database; of SQLite's file it is writing that is impossible."""
     url = server.config.database_url
     if not server.shared:
-        path = url.removeprefix("sqlite:///")
-        with closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")
+        with locked(url):
             yield
         return
     name, beside = urlsplit(url).path[1:], postgres.with_database(url, "postgres")
@@ -110,8 +117,8 @@ async def lonely_account(
 
     async def set_login(may: str) -> None:
         """LOGIN lets the account in again; NOLOGIN shuts it out and cuts its connections."""
-        cut = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{name}'"  # noqa: S608
-        await postgres.execute(url, f"ALTER ROLE {name} {may}", cut)
+        await postgres.execute(url, f"ALTER ROLE {name} {may}")
+        await cut_connections(url, f"usename = '{name}'")
 
     parts = urlsplit(url)
     place = parts.netloc.rpartition("@")[2]

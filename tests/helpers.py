@@ -15,6 +15,14 @@ from tests.sockets import Socket
 from tests.words import PASSWORD, Answer, Event, tell, unique, until
 
 
+async def run_past(url: str, sql: str) -> list[Any]:
+    """Run a statement on a database past the server that uses it, and return its rows."""
+    if url.startswith("postgres"):
+        return await postgres.read(url, sql)
+    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection, connection:
+        return connection.execute(sql).fetchall()
+
+
 class Server:
     """A running server as the tests see it."""
 
@@ -76,11 +84,7 @@ class Server:
 
     async def rows(self, sql: str) -> list[Any]:
         """Return the rows of a statement, run past the server."""
-        url = self.config.database_url
-        if self.shared:
-            return await postgres.read(url, sql)
-        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection, connection:
-            return connection.execute(sql).fetchall()
+        return await run_past(self.config.database_url, sql)
 
     async def change(self, sql: str) -> None:
         """Run a statement past the server, which tells nobody."""

@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import random
 import signal
-import sqlite3
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import NamedTuple
 
 from tests import postgres
 from tests.checker import Trial
+from tests.engines import locked
 from tests.people import LOST, User, company, handshake
 from tests.processes import ROOT, Process, cut_connections, descriptors, memory, running
 from tests.words import PASSWORD, until
@@ -84,9 +84,7 @@ async def disturb(fault: str, processes: list[Process], url: str) -> None:
             for peer in peers:
                 peer.close()
         case "locked":
-            path = url.removeprefix("sqlite:///")
-            with closing(sqlite3.connect(path, isolation_level=None)) as other:
-                other.execute("BEGIN IMMEDIATE")
+            with locked(url):
                 await asyncio.sleep(3)
         case "cut off":
             for _ in range(10):

@@ -1,13 +1,13 @@
 """The checker of the log is itself checked: servers broken on purpose, each of which it names."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.checker import Record, Stream, Trial, judge
+from tests.commands import copy_program
 from tests.people import company
-from tests.processes import PROGRAM, ROOT, running
+from tests.processes import PROGRAM, running
 from tests.words import Event
 
 STORE = "                await fetch(ADD_EVENTS, document(change.events))\n"
@@ -39,10 +39,9 @@ async def test_a_broken_server_is_found_out(tmp_path: Path, what: str) -> None:
     old, new, names = BROKEN[what]
     text = PROGRAM.read_text("utf-8")
     assert text.count(old) == 1, f"the text to replace is there {text.count(old)} times: {old}"
+    copy_program(tmp_path)
     program = tmp_path / PROGRAM.name
     program.write_text(text.replace(old, new), "utf-8")
-    shutil.copy(ROOT / "schema.sql", tmp_path)
-    (tmp_path / "web").symlink_to(ROOT / "web")
     async with (
         running(tmp_path, f"sqlite:///{tmp_path}/chat.db", clean=False, program=program) as [
             process

@@ -23,7 +23,16 @@ from tests import postgres
 from tests.checker import Trial, trying
 from tests.conftest import Databases
 from tests.people import Chat, User, company, handshake
-from tests.processes import ROOT, Process, Wire, cut_connections, descriptors, memory, running
+from tests.processes import (
+    PROGRAM,
+    ROOT,
+    Process,
+    Wire,
+    cut_connections,
+    descriptors,
+    memory,
+    running,
+)
 from tests.words import PASSWORD, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("brisk")]
@@ -31,7 +40,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("brisk")]
 
 @asynccontextmanager
 async def under_load(
-    folder: Path, url: str, *, program: Path = ROOT / "chatserver.py", count: int = 1
+    folder: Path, url: str, *, program: Path = PROGRAM, count: int = 1
 ) -> AsyncIterator[tuple[list[Process], list[User], Trial]]:
     """Run processes under load; afterwards no promise is broken."""
     async with (

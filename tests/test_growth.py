@@ -1,7 +1,6 @@
 """Nothing grows with a room's age: a million events cost what a thousand cost."""
 
 import asyncio
-import sqlite3
 import statistics
 import time
 from collections.abc import AsyncIterator
@@ -9,8 +8,8 @@ from contextlib import closing
 
 import pytest
 
-from tests import postgres
 from tests.conftest import Databases
+from tests.helpers import run_past
 from tests.people import User, company, handshake
 from tests.processes import running
 from tests.words import unique
@@ -29,19 +28,11 @@ async def fill(engine: str, url: str, room: str, count: int) -> None:
     names = "SELECT column_name FROM information_schema.columns WHERE table_name = 'events'"
     if engine == "sqlite":
         names = "SELECT name FROM pragma_table_info('events')"
-    columns = [name for (name,) in await run(url, names)]
+    columns = [name for (name,) in await run_past(url, names)]
     values = ", ".join(new.get(name, f"e.{name}") for name in columns)
     copy = f"""INSERT INTO events ({", ".join(columns)}) {SERIES[engine].format(count=count)}
         SELECT {values} FROM events e CROSS JOIN n WHERE e.room_id = '{room}' AND e.seq = 2"""  # noqa: S608
-    await run(url, copy)
-
-
-async def run(url: str, sql: str) -> list[tuple[str]]:
-    """Run a statement past the server and return its rows."""
-    if url.startswith("postgres"):
-        return await postgres.read(url, sql)
-    with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection, connection:
-        return connection.execute(sql).fetchall()
+    await run_past(url, copy)
 
 
 @pytest.fixture(scope="module")
