@@ -54,8 +54,8 @@ async def held_commits(server: Server) -> AsyncIterator[Callable[[], Awaitable[N
     begun, ended = threading.Event(), threading.Event()
 
     def trace(statement: str) -> None:
-        """Hold a commit in the thread of its connection, as a slow disk would."""
-        if statement.upper().startswith("COMMIT"):
+        """Hold a change in the thread of its connection, as a slow disk would."""
+        if "INSERT INTO events" in statement:
             begun.set()
             ended.wait(PATIENCE)
 
