@@ -566,7 +566,7 @@ GET_SEATS = """WITH p AS MATERIALIZED (SELECT CAST(key AS BIGINT) AS number, val
   (SELECT m.role FROM members m WHERE m.room_id = p.room_id AND m.username = p.username) AS role,
   (SELECT e.json FROM events e WHERE e.room_id = p.room_id AND e.username = p.username
   AND e.client_id = p.client_id) AS sent FROM p ORDER BY p.number"""
-# Python has SQLite begin at an INSERT, but not at a WITH: alone, this is on disk by itself.
+# Python begins a transaction at an INSERT, not at a WITH: alone, this one commits itself.
 ADD_EVENTS = """WITH p AS (SELECT value FROM json_each($1)) INSERT INTO events (room_id, seq, kind,
   username, created_at, target, client_id, folded, json) SELECT value ->> 'room_id',
   CAST(value ->> 'seq' AS BIGINT), value ->> 'kind', value ->> 'username',
