@@ -10,19 +10,17 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import missing
 from tests.processes import ROOT
+from tests.words import missing
 
 Program = asyncio.subprocess.Process
-PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 def tool(*names: str) -> str:
     """Return the path of a program that a test needs, by one of its names, or skip the test."""
-    found = [path for name in names if (path := shutil.which(name, path=PATH))]
-    if not found:
-        missing(f"no {names[0]}")
-    return found[0]
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    found = [one for name in names if (one := shutil.which(name, path=path))]
+    return found[0] if found else missing(f"no {names[0]}")
 
 
 @asynccontextmanager

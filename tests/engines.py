@@ -6,52 +6,56 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any
+from urllib.parse import urlsplit
 
 import aiosqlite
 import asyncpg
 
+from chatserver import SQLite
 from tests import postgres
 from tests.helpers import Server
 from tests.processes import cut_connections
 from tests.words import PATIENCE, until
 
-AT_COMMIT = """CREATE OR REPLACE FUNCTION at_commit() RETURNS trigger LANGUAGE plpgsql AS
-$$BEGIN {} RETURN NULL; END$$"""
-ON_COMMIT = """CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON events DEFERRABLE
-INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION at_commit()"""
-WAITING = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-
 
 def writer(server: Server) -> aiosqlite.Connection:
     """Return the connection that writes into the server's file."""
-    found = [one for one in vars(server.chat.db).values() if isinstance(one, aiosqlite.Connection)]
-    return found[0]
+    assert isinstance(server.chat.db, SQLite)
+    return server.chat.db.writer
+
+
+@asynccontextmanager
+async def at_commit(url: str, work: str) -> AsyncIterator[None]:
+    """Let Postgres do something more at each commit of events."""
+    body = f"$$BEGIN {work}; RETURN NULL; END$$"
+    function = f"CREATE OR REPLACE FUNCTION more() RETURNS trigger LANGUAGE plpgsql AS {body}"
+    trigger = """CREATE CONSTRAINT TRIGGER more AFTER INSERT ON events DEFERRABLE
+        INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION more()"""
+    await postgres.execute(url, function, trigger)
+    yield
+    await postgres.execute(url, "DROP TRIGGER more ON events")
 
 
 @asynccontextmanager
 async def held_commits(server: Server) -> AsyncIterator[Callable[[], Awaitable[None]]]:
     """Let commits end only after the block; yield a function that waits for one that hangs."""
+    url, begun, ended = server.config.database_url, threading.Event(), threading.Event()
     if server.shared:
-        url = server.config.database_url
-        work = AT_COMMIT.format("PERFORM pg_advisory_xact_lock(42);")
-        await postgres.execute(url, work, ON_COMMIT)
-        holder = await asyncpg.connect(url)
-        await holder.execute("SELECT pg_advisory_lock(42)")
+        async with at_commit(url, "PERFORM pg_advisory_xact_lock(42)"):
+            holder = await asyncpg.connect(url)
+            await holder.execute("SELECT pg_advisory_lock(42)")
+            waiting = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
 
-        async def hangs() -> None:
-            """Wait for a commit that hangs."""
-            async with asyncio.timeout(PATIENCE):
-                while not await holder.fetch(WAITING):
-                    await asyncio.sleep(0.01)
+            async def hangs() -> None:
+                """Wait for a commit that hangs."""
+                async with asyncio.timeout(PATIENCE):
+                    while not await holder.fetch(waiting):
+                        await asyncio.sleep(0.01)
 
-        try:
             yield hangs
-        finally:
             await holder.close()
-            await postgres.execute(url, "DROP TRIGGER at_commit ON events")
         return
-    begun, ended = threading.Event(), threading.Event()
 
     def trace(statement: str) -> None:
         """Hold a change in the thread of its connection, as a slow disk would."""
@@ -60,21 +64,17 @@ async def held_commits(server: Server) -> AsyncIterator[Callable[[], Awaitable[N
             ended.wait(PATIENCE)
 
     await writer(server).set_trace_callback(trace)
-    try:
-        yield lambda: until(begun.is_set, "a commit to begin")
-    finally:
-        ended.set()
-        await writer(server).set_trace_callback(None)  # type: ignore[arg-type]
+    yield lambda: until(begun.is_set, "a commit to begin")
+    ended.set()
+    await writer(server).set_trace_callback(None)  # type: ignore[arg-type]
 
 
 @asynccontextmanager
 async def full_disk(server: Server) -> AsyncIterator[None]:
     """Let no message be stored: SQLite finds its disk full, Postgres fails as it commits."""
     if server.shared:
-        url = server.config.database_url
-        await postgres.execute(url, AT_COMMIT.format("RAISE EXCEPTION 'full';"), ON_COMMIT)
-        yield
-        await postgres.execute(url, "DROP TRIGGER at_commit ON events")
+        async with at_commit(server.config.database_url, "RAISE EXCEPTION 'full'"):
+            yield
         return
     await writer(server).execute("PRAGMA max_page_count = 1")  # it means: no more than there are
     yield
@@ -97,22 +97,18 @@ async def outage(server: Server) -> AsyncIterator[None]:
         with locked(url):
             yield
         return
-    name, beside = urlsplit(url).path[1:], postgres.with_database(url, "postgres")
+    name, beside = urlsplit(url).path[1:], urlsplit(url)._replace(path="/postgres").geturl()
+    may = f"ALTER DATABASE {name} ALLOW_CONNECTIONS"
     cut = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"  # noqa: S608
-    await postgres.execute(beside, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false", cut)
-    try:
-        yield
-    finally:
-        await postgres.execute(beside, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+    await postgres.execute(beside, f"{may} false", cut)
+    yield
+    await postgres.execute(beside, f"{may} true")
 
 
 @asynccontextmanager
-async def lonely_account(
-    server: Server,
-) -> AsyncIterator[tuple[str, Callable[[str], Awaitable[None]]]]:
+async def lonely_account(server: Server) -> AsyncIterator[tuple[str, Any]]:
     """Yield a URL with an account of its own in Postgres, and a function that opens or shuts it."""
-    url = server.config.database_url
-    name = f"chat_{secrets.token_hex(4)}"
+    url, name = server.config.database_url, f"chat_{secrets.token_hex(4)}"
     await postgres.execute(url, f"CREATE ROLE {name} LOGIN SUPERUSER")
 
     async def set_login(may: str) -> None:
@@ -120,8 +116,6 @@ async def lonely_account(
         await postgres.execute(url, f"ALTER ROLE {name} {may}")
         await cut_connections(url, f"usename = '{name}'")
 
-    parts = urlsplit(url)
-    place = parts.netloc.rpartition("@")[2]
-    yield urlunsplit(parts._replace(netloc=f"{name}@{place}")), set_login
+    yield f"postgresql://{name}@{url.rpartition('@')[2]}", set_login
     await set_login("NOLOGIN")
     await postgres.execute(url, f"DROP ROLE {name}")

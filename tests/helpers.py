@@ -32,13 +32,9 @@ class Server:
         self.chat = client.app[chatserver.CHAT]
         self.hub = self.chat.hub
         self.config = self.chat.config
+        self.shared = self.config.database_url.startswith("postgres")  # by many processes
         self.sockets: list[Socket] = []
         self.runs = True
-
-    @property
-    def shared(self) -> bool:
-        """Return whether processes share the database, which is then Postgres."""
-        return self.config.database_url.startswith("postgres")
 
     def url(self, path: str) -> URL:
         """Return the address of a path, which is taken as it is written."""
@@ -83,12 +79,10 @@ class Server:
         return [await user.enter(room) for user in users]
 
     async def rows(self, sql: str) -> list[Any]:
-        """Return the rows of a statement, run past the server."""
+        """Run a statement past the server, which tells nobody, and return its rows."""
         return await run_past(self.config.database_url, sql)
 
-    async def change(self, sql: str) -> None:
-        """Run a statement past the server, which tells nobody."""
-        await self.rows(sql)
+    change = rows
 
     async def forget(self) -> None:
         """Close what the tests left open; the server then knows of no socket and no room."""
@@ -96,9 +90,8 @@ class Server:
             await one.leave()
         self.sockets.clear()
         if self.runs:
-            await until(lambda: not self.hub.sockets, "the end of every socket")
-            await until(lambda: not self.hub.rooms, "the end of every room")
-            await until(lambda: not self.hub.users, "the end of every user")
+            hub = self.hub
+            await until(lambda: not (hub.sockets or hub.rooms or hub.users), "nobody to be left")
 
     async def stop(self) -> None:
         """Shut down in order."""
@@ -130,8 +123,7 @@ class Room(NamedTuple):
 
     async def texts(self) -> list[str]:
         """Return what was said in it."""
-        log = await self.log()
-        return [e["message"] for e in log if e["type"] == "message" and "message" in e]
+        return [e["message"] for e in await self.log() if e["type"] == "message" and "message" in e]
 
     async def admit(self, *users: "User", role: str = "member") -> None:
         """Give users a role in it."""

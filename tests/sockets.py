@@ -19,23 +19,30 @@ if TYPE_CHECKING:
 
 
 class Frames:
-    """What goes over an open socket; each numbered event is held against the one before it."""
+    """A socket and what goes over it; each numbered event is held against the one before it."""
 
-    def __init__(self, after: Any = None) -> None:
-        """Begin after the number that is asked for, else after that in the hello."""
-        self.after = after
+    def __init__(self, session: aiohttp.ClientSession, url: URL, token: str) -> None:
+        """Prepare to connect; without a token the first frame still has to log in."""
+        self.session, self.url, self.token = session, url, token
         self.frames: list[Event] = []
         self.cursor: int | None = None  # the number of the event that came last
-        self.code: int | None = None
-        self.reason = ""
+        self.code, self.reason = 0, ""  # what it was closed with
 
-    async def open(self, session: aiohttp.ClientSession, url: URL, token: str = "") -> None:
-        """Connect; with a token one is logged in, and waits for the hello."""
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        patience = aiohttp.ClientWSTimeout(ws_close=1)
-        self.ws = await session.ws_connect(url, headers=headers, max_msg_size=0, timeout=patience)
-        if token:
+    async def connect(self) -> Self:
+        """Connect, and wait for the hello when logged in."""
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        how: Any = {"max_msg_size": 0, "timeout": aiohttp.ClientWSTimeout(ws_close=1)}
+        self.ws = await self.session.ws_connect(self.url, headers=headers, **how)
+        if self.token:
             await self.hears(type="hello")
+        return self
+
+    async def leave(self, *_: object) -> None:
+        """Close in the orderly way, and wait a second at most for the server to do so too."""
+        await self.ws.close()
+
+    __aenter__ = connect
+    __aexit__ = leave
 
     async def send(self, **frame: Any) -> None:
         """Send a frame."""
@@ -57,21 +64,18 @@ class Frames:
             raise ConnectionResetError(self.code, self.reason)
         frame: Event = json.loads(message.data)
         self.frames.append(frame)
-        if frame["type"] == "hello":
-            self.cursor = frame["seq"] if self.after is None else self.after
-        elif frame["type"] == "reset":
-            self.cursor = frame["seq"]
+        if frame["type"] in ("hello", "reset"):
+            after = self.url.query.get("after") if frame["type"] == "hello" else None
+            self.cursor = int(after or frame["seq"])
         elif frame["type"] in NUMBERED:
             assert self.cursor is not None, f"before hello: {frame}"
             assert frame["seq"] == self.cursor + 1, f"after {self.cursor}: {frame}"
             self.cursor = frame["seq"]
         return frame
 
-    async def hears(
-        self, message: str | None = None, patience: float = PATIENCE, **fields: Any
-    ) -> Event:
+    async def hears(self, message: str = "", patience: float = PATIENCE, **fields: Any) -> Event:
         """Read until a frame comes that has this text, or these fields."""
-        wanted = fields if message is None else {"type": "message", "message": message, **fields}
+        wanted = {"type": "message", "message": message, **fields} if message else fields
         began = len(self.frames)
         try:
             async with asyncio.timeout(patience):
@@ -83,9 +87,8 @@ class Frames:
 
     async def reaches(self, seq: int) -> None:
         """Read until the event of this number has come."""
-        async with asyncio.timeout(PATIENCE):
-            while self.cursor is None or self.cursor < seq:
-                await self.next()
+        while self.cursor is None or self.cursor < seq:
+            await self.next()
 
     async def is_closed(self, patience: float = PATIENCE) -> int:
         """Read on until the server closes; return the code, 1006 without a close frame."""
@@ -93,7 +96,6 @@ class Frames:
             with suppress(ConnectionResetError):
                 while True:
                     await self.next(patience)
-        assert self.code is not None
         return self.code
 
     def heard(self, **fields: Any) -> list[Event]:
@@ -110,9 +112,10 @@ class Frames:
         """Return the numbered events so far."""
         return [frame for frame in self.frames if frame["type"] in NUMBERED]
 
-    async def leave(self) -> None:
-        """Close in the orderly way, and wait a second at most for the server to do so too."""
-        await self.ws.close()
+    @property
+    def numbers(self) -> list[int]:
+        """Return the numbers of the events so far."""
+        return [event["seq"] for event in self.events]
 
 
 class Socket(Frames):
@@ -120,17 +123,15 @@ class Socket(Frames):
 
     def __init__(self, user: "User", room: "Room", **query: Any) -> None:
         """Prepare to connect; `after` and `epoch` go into the query."""
-        super().__init__(query.get("after"))
-        self.user, self.room, self.query = user, room, query
-        self.name = user.name
+        self.user, self.room, self.name = user, room, user.name
+        asked = "&".join(f"{name}={value}" for name, value in query.items())
+        url = user.server.url(f"/websockets/chat/{room.room_id}?{asked}")
+        super().__init__(user.server.client.session, url, user.token)
 
     async def connect(self, *, header: bool = True) -> Self:
         """Connect; with the header one is logged in."""
-        server = self.user.server
-        query = "&".join(f"{name}={value}" for name, value in self.query.items())
-        url = server.url(f"/websockets/chat/{self.room.room_id}?{query}")
-        await self.open(server.client.session, url, self.user.token if header else "")
-        server.sockets.append(self)
+        self.token = self.user.token if header else ""
+        self.user.server.sockets.append(await super().connect())
         return self
 
     async def say_all(self, texts: Iterable[str]) -> None:
@@ -162,12 +163,8 @@ class Socket(Frames):
         self.ws.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
 
-UPGRADE = {
-    "Connection": "Upgrade",
-    "Upgrade": "websocket",
-    "Sec-WebSocket-Version": "13",
-    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
-}
+UPGRADE = {"Connection": "Upgrade", "Upgrade": "websocket"}
+UPGRADE |= {"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
 
 
 class Wire:
@@ -175,59 +172,44 @@ class Wire:
 
     def __init__(self, server: "Server", buffer: int = 0) -> None:
         """Prepare a connection; `buffer` is how many bytes the kernel takes in unread."""
-        self.server = server
-        self.socket = socket.socket()
+        self.url, self.socket = server.url("/"), socket.socket()
         if buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        self.socket.settimeout(0)
 
     async def __aenter__(self) -> Self:
         """Connect."""
-        url = self.server.url("/")
-        await asyncio.get_running_loop().sock_connect(self.socket, (url.host, url.port))
+        self.socket.connect((self.url.host, self.url.port))
         self.reader, self.writer = await asyncio.open_connection(sock=self.socket, limit=1024)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Cut the connection."""
         self.writer.transport.abort()
-        with suppress(OSError):
-            await self.writer.wait_closed()
-
-    def send(self, data: bytes) -> None:
-        """Send bytes."""
-        self.writer.write(data)
-
-    async def head(self) -> bytes:
-        """Return the head of an answer."""
-        async with asyncio.timeout(PATIENCE):
-            return await self.reader.readuntil(b"\r\n\r\n")
 
     def request(
         self, user: "User", path: str, body: bytes, *more: str, method: str = "POST"
     ) -> None:
         """Send a request with a body of JSON, and more headers."""
-        lines = [
-            *(f"{method} {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"),
-            *(f"Authorization: Bearer {user.token}", f"Content-Length: {len(body)}", *more),
-        ]
-        self.send("\r\n".join([*lines, "", ""]).encode() + body)
+        start, who = f"{method} {path} HTTP/1.1", f"Authorization: Bearer {user.token}"
+        what = ("Content-Type: application/json", f"Content-Length: {len(body)}")
+        lines = [start, "Host: localhost", who, *what, *more, "", ""]
+        self.writer.write("\r\n".join(lines).encode() + body)
 
     async def upgrade(self, user: "User", room: "Room", query: str = "") -> Self:
         """Become a user's socket to a room, of which nothing is read yet."""
-        path = f"/websockets/chat/{room.room_id}{query}"
         headers = [f"{name}: {value}" for name, value in UPGRADE.items()]
-        self.request(user, path, b"", *headers, method="GET")
-        assert (await self.head()).startswith(b"HTTP/1.1 101 ")
+        self.request(user, f"/websockets/chat/{room.room_id}{query}", b"", *headers, method="GET")
+        async with asyncio.timeout(PATIENCE):
+            assert (await self.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
         return self
 
-    def frame(self, payload: bytes, opcode: int = WSMsgType.TEXT, first: int = 0x80) -> None:
+    def frame(self, payload: bytes, opcode: int = WSMsgType.TEXT) -> None:
         """Send one frame, masked with zeros."""
         size = len(payload)
         length = b"\xff" + size.to_bytes(8, "big")
         if size < 2**16:
             length = bytes([0x80 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
-        self.send(bytes([first | opcode]) + length + bytes(4) + payload)
+        self.writer.write(bytes([0x80 | opcode]) + length + bytes(4) + payload)
 
     async def frames(self) -> AsyncIterator[tuple[int, bytes]]:
         """Yield the opcode and payload of each frame, until the connection ends."""
@@ -243,8 +225,7 @@ class Wire:
 
     async def close_code(self) -> int:
         """Read to the end; return the code of the close frame, 1006 if there is none."""
-        async with asyncio.timeout(PATIENCE):
-            async for opcode, payload in self.frames():
-                if opcode == WSMsgType.CLOSE:
-                    return int.from_bytes(payload[:2], "big")
+        async for opcode, payload in self.frames():
+            if opcode == WSMsgType.CLOSE:
+                return int.from_bytes(payload[:2], "big")
         return 1006
