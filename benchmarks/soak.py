@@ -1,26 +1,27 @@
 """Hours of mixed load, in turns with faults: what the server uses ends where it began.
 
-    python -m tests.soak --seconds 3600 --engine postgres
+    python -m benchmarks.soak --seconds 3600 --engine postgres
 
 Writers, readers who drop and resume, edits, log-ins, and in every other round a fault. After each
 round, when all clients are gone, one row of the table; at the end the last is held against the
-first. A promise that broke, or something that grew, makes the exit code 1.
+first. A promise that broke, or something that grew, makes the exit code 1. It runs in the folder of
+the program, needs the packages of tests/requirements.txt, and Linux (/proc).
 """
-# ruff: noqa: T201 - it prints a table
 
 import argparse
 import asyncio
-import random
+import itertools
 import signal
 import sys
 import tempfile
 import time
+from collections import deque
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from tests import postgres
-from tests.checker import Trial
+from tests.checker import trying
 from tests.engines import locked
 from tests.people import LOST, User, company, handshake
 from tests.processes import ROOT, Process, cut_connections, descriptors, memory, running
@@ -55,15 +56,10 @@ class Figures(NamedTuple):
 
 async def look(process: Process, url: str) -> Figures:
     """Wait until everybody is gone, and look at a process."""
-    pid, told = process.pid, process.folder / "tasks"
-    least = [descriptors(pid)]
-
-    def calm() -> bool:
-        """Tell whether no descriptor was given back for a second."""
-        least.append(descriptors(pid))
-        return len(least) > 100 and least[-1] == least[-100]
-
-    await until(calm, "everybody to be gone", 30)
+    pid, told, last = process.pid, process.folder / "tasks", deque[int](maxlen=10)
+    while len(last) < 10 or len(set(last)) > 1:  # for two seconds nobody came or went
+        last.append(descriptors(pid))
+        await asyncio.sleep(0.2)
     told.unlink(missing_ok=True)
     process.popen.send_signal(signal.SIGUSR1)
     await until(lambda: told.exists() and told.read_text().endswith("\n"), "the tasks")
@@ -79,10 +75,10 @@ async def disturb(fault: str, processes: list[Process], url: str) -> None:
                 await asyncio.sleep(3)
         case "stalled readers":
             async with company(processes[0], "stall") as (user,):
-                peers = [handshake(user, "1") for _ in range(30)]
-                await asyncio.sleep(5)
-            for peer in peers:
-                peer.close()
+                with ExitStack() as stack:
+                    for _ in range(30):
+                        stack.enter_context(handshake(user, "1"))
+                    await asyncio.sleep(5)
         case "locked":
             with locked(url):
                 await asyncio.sleep(3)
@@ -104,62 +100,47 @@ async def visit(user: User) -> None:
         await asyncio.sleep(0.3)
 
 
-async def put_on(
-    processes: list[Process], url: str, seconds: float, fault: str, seed: int
-) -> tuple[int, list[str]]:
-    """Put on load for some time; return how many messages were stored, and what broke."""
-    async with company(processes[0], "alice", "bob") as users:
-        room = await users[0].room(users[1])
-        trial = Trial(processes, users, room, counts=(12, 12), seed=seed)
-        visits = asyncio.create_task(visit(users[0]))
-        try:
-            async with trial:
-                await asyncio.sleep(seconds / 2)
-                await disturb(fault, processes, url)
-                await asyncio.sleep(seconds / 2)
-        finally:
-            visits.cancel()
-        return len(trial.record.ok), trial.problems
-
-
-async def soak(engine: str, url: str, folder: Path, seconds: float, seed: int) -> list[str]:
+async def soak(engine: str, url: str, folder: Path, seconds: float) -> list[str]:
     """Run rounds for so many seconds; print the table and return what is wrong."""
-    probe, chance = folder / "probe.py", random.Random(seed)  # noqa: S311
-    probe.write_text(PROBE)
+    program, count = folder / "probe.py", 1 if engine == "sqlite" else 2
+    program.write_text(PROBE)
     began, rows, problems = time.monotonic(), list[Figures](), list[str]()
+    faults = itertools.cycle(fault for each in FAULTS[engine] for fault in ("", each))
     print(f"{engine:>8} {'messages':>9} {'MiB':>6} {'fds':>5} {'tasks':>6} {'db':>3}  fault")
-    count = 1 if engine == "sqlite" else 2
-    async with running(folder, url, count=count, strict=False, program=probe) as processes:
+    async with running(folder, url, count=count, strict=False, program=program) as processes:
         while time.monotonic() - began < seconds or len(rows) < 3:
-            fault = chance.choice(FAULTS[engine]) if len(rows) % 2 else ""
-            length = min(60.0, seconds / 4)
-            stored, broken = await put_on(processes, url, length, fault, len(rows))
-            problems += broken
+            fault, half = next(faults), min(30.0, seconds / 8)
+            async with (
+                company(processes[0], "alice", "bob") as users,
+                trying(processes, users, counts=(12, 12), sound=False) as trial,
+            ):
+                visits = asyncio.create_task(visit(users[0]))
+                await asyncio.sleep(half)
+                await disturb(fault, processes, url)
+                await asyncio.sleep(half)
+                visits.cancel()
+            problems += trial.problems
             rows.append(row := await look(processes[0], url))
-            spent = f"{time.monotonic() - began:7.0f}s {stored:9} {row.memory / 2**20:6.1f}"
+            spent = f"{time.monotonic() - began:7.0f}s {len(trial.ok):9} {row[0] / 2**20:6.1f}"
             print(f"{spent} {row[1]:5} {row[2]:6} {row[3]:3}  {fault}", flush=True)
-    return problems + grown(rows[0], rows[-1])
-
-
-def grown(first: Figures, last: Figures) -> list[str]:
-    """Return what did not come back to where it began."""
-    more = [after > before + 2 for before, after in zip(first, last, strict=True)]
-    more[0] = last.memory > first.memory * 1.25 + 2**23
-    return [f"{first} at first, {last} at last"] if any(more) else []
+    first, last = rows[0], rows[-1]
+    more = [now > then + 2 for then, now in zip(first[1:], last[1:], strict=True)]
+    if any(more) or last.memory > first.memory * 1.25 + 2**23:
+        problems.append(f"grown: {first} at first, {last} at last")
+    return problems
 
 
 def main() -> int:
     """Read the command line, soak, and tell."""
-    parser = argparse.ArgumentParser("python -m tests.soak", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--engine", choices=FAULTS, default="sqlite")
-    parser.add_argument("--seed", type=int, default=1)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         url = f"sqlite:///{name}/chat.db"
         if chosen.engine == "postgres":
             url = stack.enter_context(closing(postgres.Cluster())).url
-        problems = asyncio.run(soak(chosen.engine, url, Path(name), chosen.seconds, chosen.seed))
+        problems = asyncio.run(soak(chosen.engine, url, Path(name), chosen.seconds))
     print("\n".join(problems) or "nothing grew and no promise broke")
     return 1 if problems else 0
 
