@@ -1,27 +1,27 @@
-"""Bad weather between a browser and the server: a proxy that delays, falls silent, refuses."""
+"""Bad weather between a browser and the server: a proxy that falls silent, refuses, loses."""
 
 import asyncio
 import re
 from asyncio import StreamReader, StreamWriter
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Self
 from urllib.parse import urlsplit
 
 from tests.words import until
 
-UPGRADE = re.compile(rb"(?i)\r\nupgrade: *websocket")
 WRITING = re.compile(rb"(POST|PUT|PATCH|DELETE) ")
-FORBIDDEN = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 PORTAL = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n<h1>Welcome</h1>"
 
 
+@dataclass(eq=False)
 class Connection:
     """One connection of the browser, with one to the server behind it."""
 
-    def __init__(self, near: StreamWriter) -> None:
-        """Keep the end at the browser's side."""
-        self.ends = [near]
-        self.upgrade = self.silent = self.losing = False
+    ends: list[StreamWriter]  # the browser's and the server's
+    upgrade: bool = False
+    silent: bool = False
+    losing: bool = False
 
     def cut(self) -> None:
         """Cut both sides without a word."""
@@ -37,8 +37,7 @@ class Rain:
         self.target = urlsplit(url)
         self.connections: set[Connection] = set()
         self.weather = "sunny"  # away: there is no network; portal: somebody else's page answers;
-        # to WebSockets alone, refusing: an error answers; hanging: nothing does
-        self.delay = 0.0  # seconds that each piece takes, in each direction
+        # refusing: it does so to WebSockets alone; hanging: nothing does
         self.lose_answers = 0  # so many changes reach the server, and their answers nobody
 
     async def __aenter__(self) -> Self:
@@ -57,45 +56,34 @@ class Rain:
     def turn(self, weather: str) -> None:
         """Change the weather, for what is open, too."""
         self.weather = weather
-        for connection in list(self.connections):
+        for connection in self.connections:
             if weather in ("away", "portal") or (weather == "refusing" and connection.upgrade):
                 connection.cut()
 
-    def silence(self) -> int:
-        """Let the open WebSockets fall silent without closing them; return how many."""
-        sockets = [each for each in self.connections if each.upgrade]
-        for connection in sockets:
-            connection.silent = True
-        return len(sockets)
+    def silence(self) -> None:
+        """Let the open WebSockets fall silent without closing them."""
+        for connection in self.connections:
+            connection.silent = connection.upgrade
 
     async def _accept(self, near: StreamReader, client: StreamWriter) -> None:
-        """Take a connection from its first request to its end."""
-        connection = Connection(client)
+        """Take a connection: answer in the server's place, or pass everything on until it ends."""
+        connection = Connection([client])
         self.connections.add(connection)
         with suppress(OSError, asyncio.IncompleteReadError):
-            await self._serve(connection, near, client)
+            head = await near.readuntil(b"\r\n\r\n")
+            connection.upgrade = b"\r\nupgrade: websocket" in head.lower()
+            if self.weather == "portal" or (self.weather == "refusing" and connection.upgrade):
+                client.write(PORTAL)
+            elif self.weather == "hanging" and connection.upgrade:
+                await near.read()
+            elif self.weather != "away":
+                far, server = await asyncio.open_connection(self.target.hostname, self.target.port)
+                connection.ends.append(server)
+                up = self._pass(connection, near, server, head)
+                await asyncio.gather(up, self._pass(connection, far, client))
+            await client.drain()
         self.connections.discard(connection)
         connection.cut()
-
-    async def _serve(
-        self, connection: Connection, near: StreamReader, client: StreamWriter
-    ) -> None:
-        """Answer in the server's place, or pass everything on."""
-        if self.weather == "away":
-            return
-        head = await near.readuntil(b"\r\n\r\n")
-        connection.upgrade = bool(UPGRADE.search(head))
-        if self.weather == "portal" or (self.weather == "refusing" and connection.upgrade):
-            client.write(PORTAL if self.weather == "portal" else FORBIDDEN)
-            await client.drain()
-        elif self.weather == "hanging" and connection.upgrade:
-            await near.read()
-        else:
-            host, port = self.target.hostname, self.target.port
-            far, server = await asyncio.open_connection(host, port)
-            connection.ends.append(server)
-            up = self._pass(connection, near, server, head)
-            await asyncio.gather(up, self._pass(connection, far, client))
 
     async def _pass(
         self, connection: Connection, source: StreamReader, sink: StreamWriter, data: bytes = b""
@@ -104,7 +92,6 @@ class Rain:
         to_server = sink is not connection.ends[0]
         with suppress(OSError):
             while data := data or await source.read(1 << 16):
-                await asyncio.sleep(self.delay)
                 if to_server and self.lose_answers and WRITING.match(data):
                     self.lose_answers -= 1
                     connection.losing = True
