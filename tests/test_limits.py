@@ -204,13 +204,12 @@ async def test_what_is_secret_is_in_no_answer_and_no_log(chat: Server, caplog: L
     caplog.set_level("DEBUG")
     (alice,) = await chat.talk("alice")
     secret = unique("secret")
-    path = f"{alice.room.path}/messages"
     for answer in (
         await chat.login(alice.name, secret),
         await chat.register(unique("x"), f"{secret}\0"),
         await chat.ask("GET", "/users/me", secret),
-        await alice.user.post(path, {"message": [secret]}),
-        await alice.user.ask("POST", path, data=secret, headers=JSON),
+        await alice.user.post(f"{alice.room.path}/messages", {"message": [secret]}),
+        await alice.user.ask("POST", f"{alice.room.path}/messages", data=secret, headers=JSON),
         await alice.user.get(f"/search?q={secret}&limit=x"),
     ):
         assert secret not in str(answer.refused(answer.status))
