@@ -53,8 +53,10 @@ async def held_commits(server: Server) -> AsyncIterator[Callable[[], Awaitable[N
                     while not await holder.fetch(waiting):
                         await asyncio.sleep(0.01)
 
-            yield hangs
-            await holder.close()
+            try:
+                yield hangs
+            finally:
+                await holder.close()
         return
 
     def trace(statement: str) -> None:
@@ -64,8 +66,10 @@ async def held_commits(server: Server) -> AsyncIterator[Callable[[], Awaitable[N
             ended.wait(PATIENCE)
 
     await writer(server).set_trace_callback(trace)
-    yield lambda: until(begun.is_set, "a commit to begin")
-    ended.set()
+    try:
+        yield lambda: until(begun.is_set, "a commit to begin")
+    finally:
+        ended.set()
     await writer(server).set_trace_callback(None)  # type: ignore[arg-type]
 
 

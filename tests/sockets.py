@@ -112,11 +112,6 @@ class Frames:
         """Return the numbered events so far."""
         return [frame for frame in self.frames if frame["type"] in NUMBERED]
 
-    @property
-    def numbers(self) -> list[int]:
-        """Return the numbers of the events so far."""
-        return [event["seq"] for event in self.events]
-
 
 class Socket(Frames):
     """A user's socket to a room."""
