@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
+from pytest_aiohttp import AiohttpClient
 
 import chatserver
 from tests import postgres, words
@@ -98,22 +99,23 @@ def config(database: str, **settings: Any) -> chatserver.Config:
     return chatserver.Config(**(fixed | settings))
 
 
-async def serve(url: str, beside: Server | None = None, **settings: Any) -> Server:
-    """Start a server; it and another one on its database get each other's notes then."""
-    client = TestClient(TestServer(chatserver.create_app(config(url, **settings))))
-    await client.start_server()
-    server = Server(client)
-    if beside and beside.runs:
-        await until(lambda: beside.hub.peers and server.hub.peers, "notes of each other")
-    return server
+async def hear_each_other(server: Server, beside: Server) -> None:
+    """Wait until two processes on one database get each other's notes."""
+    await until(lambda: beside.hub.peers and server.hub.peers, "notes of each other")
 
 
 @pytest.fixture(scope="session")
 async def servers(new_database: Databases) -> AsyncIterator[list[Server]]:
     """Run the servers that most tests share: two on Postgres, one on SQLite."""
-    running = [await serve(url := new_database())]
+    url = new_database()
+    apps = [
+        chatserver.create_app(config(url)) for _ in range(2 if url.startswith("postgres") else 1)
+    ]
+    running = [Server(TestClient(TestServer(app))) for app in apps]
+    for server in running:
+        await server.client.start_server()
     if running[0].shared:
-        running.append(await serve(url, running[0]))
+        await hear_each_other(*running)
     await running[0].user("first")  # who owns the Lobby, so that nobody else does
     yield running
     for server in running:
@@ -137,7 +139,9 @@ def there(chat: Server, servers: list[Server]) -> Server:
 
 
 @pytest.fixture
-async def start(new_database: Databases, caplog: pytest.LogCaptureFixture) -> AsyncIterator[Start]:
+async def start(
+    new_database: Databases, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> AsyncIterator[Start]:
     """Give a function that starts servers; those that still run after the test stop in order."""
     started: list[Server] = []
 
@@ -146,7 +150,10 @@ async def start(new_database: Databases, caplog: pytest.LogCaptureFixture) -> As
         if beside and beside.runs and not beside.shared:
             return beside
         url = beside.config.database_url if beside else new_database()
-        started.append(await serve(url, beside, **settings))
+        app = chatserver.create_app(config(url, **settings))
+        started.append(Server(await aiohttp_client(app)))
+        if beside and beside.runs:
+            await hear_each_other(started[-1], beside)
         return started[-1]
 
     yield start
