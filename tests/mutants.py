@@ -127,7 +127,7 @@ def seen(tests: str, old: str, new: str) -> str:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode > 1:  # else it would look as if every fault were seen
         sys.exit(f"the tests do not even start: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", done.stdout, re.MULTILINE)
     return failed[1] if failed else ""
 
 
