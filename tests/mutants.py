@@ -18,11 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 FAULTS = {
     "test_promises": [
         ("events are published before the commit",
-         "document(change.events))", "document(change.events))\n                self.hub.publish(change.events)"),
+         "await fetch(ADD_EVENTS,", "self.hub.publish(change.events)\n                await fetch(ADD_EVENTS,"),
         ("synchronous=NORMAL", "synchronous=FULL", "synchronous=NORMAL"),
         ("a replay begins one too early",
          "e.seq > $2 ORDER BY e.seq LIMIT $3", "e.seq >= $2 ORDER BY e.seq LIMIT $3"),
+        ("a replay skips one", "e.seq > $2 ORDER BY e.seq LIMIT $3", "e.seq > $2 + 1 ORDER BY e.seq LIMIT $3"),
+        ("an expired token still talks", "elif me.expires < time.time():", "elif False:"),
+        ("a deleted text stays in the search",
+         "fold(message) if message else None", 'fold(message or json.loads(row["json"])["message"])'),
         ("a page repeats the one before", "            frames.clear()\n", ""),
+        ("a cursor at the head is reset", "if cursor > seq or", "if cursor >= seq or"),
         ("a cursor above the head is served", "if cursor > seq or", "if"),
         ("an epoch is not compared", ' or data.raw.get("epoch", chat.epoch) != chat.epoch', ""),
         ("who comes in is not read on to", "    chat.hub.notice(room_id, seq)\n", ""),
@@ -47,6 +52,10 @@ FAULTS = {
         ("a deleted text stays in the file", "secure_delete=ON", "secure_delete=OFF"),
     ],
     "test_messages": [
+        ("moderators can edit", "not (erase and rank", "not (rank"),
+        ("who posts has not read", "m.username AND e.target IS NULL", "m.username AND e.target = 0"),
+        ("a read mark moves back", " AND read_seq < $3", ""),
+        ("visitors have a read mark", 'rank_of(seat["role"], seat["kind"], "member")\n    seq = min', "seq = min"),
         ("changes are not made one at a time", "async with self.writing, self.db", "async with self.db"),
         ("moderators cannot delete", 'rank >= RANKS["moderator"]', 'rank > RANKS["moderator"]'),
         ("the message at the mark is unread", "e.seq > {MARK}", "e.seq >= {MARK}"),
@@ -54,6 +63,7 @@ FAULTS = {
         ("what does not show is a message", "or (name in SHOWN and", "or (False and"),
     ],
     "test_accounts": [
+        ("401 does not say Bearer", "if error.status == 401", "if False"),
         ("a change does not check the log-in", 'check_version(change.rows[0]["version"], me)', "pass"),
         ("a hash is cheap", "scrypt$16384$8$5", "scrypt$1024$8$5"),
         ("an unknown name is refused at once", 'f"{SCRYPT}$00$00"', '"scrypt$2$1$1$00$00"'),
@@ -71,6 +81,9 @@ FAULTS = {
         ("a stop tells nobody", 'socket.close(1001, "shutting down")', "pass"),
     ],
     "test_rooms": [
+        ("the banned may search", "(m.role <> 'banned' OR", "(m.role IS NOT NULL OR"),
+        ("moderators make moderators", "old < mine and new < mine", "old < mine"),
+        ("members promote themselves", '<= max(mine, RANKS["member"])', "<= 4"),
         ("the banned may enter", '"banned": 0', '"banned": 1'),
         ("moderators rule moderators", "allowed = old < mine and", "allowed ="),
         ("the last owner may step down", 'if before == "owner" and role', 'if before == "owner" and leave and role'),
@@ -80,6 +93,9 @@ FAULTS = {
         ("the texts of a deleted room stay", "await step.fetch(DROP_EVENTS, room_id, seq)", "pass"),
     ],
     "test_limits": [
+        ("an edit may be too long", "None if erase else check_length(chat, data)", 'None if erase else data.text("message")'),
+        ("message_length is one less", "len(message) > chat.config", "len(message) >= chat.config"),
+        ("a good log-in counts as failed", "        self.logins.take(data.address, -1)\n", ""),
         ("a rate lets one too many pass", "and left < tokens:", "and left < tokens - 1:"),
         ("the client's own X-Forwarded-For counts", "seen[-proxies]", "seen[0]"),
         ("each address of IPv6 counts by itself", "(int(parsed), 64)", "(int(parsed), 128)"),
