@@ -18,14 +18,13 @@ from aiohttp.test_utils import TestClient, TestServer
 from pytest_aiohttp import AiohttpClient
 
 import chatserver
-from tests import postgres, words
+from tests import postgres
 from tests.helpers import Server
 from tests.words import KEY, NO_LIMITS, until
 
 Databases = Callable[..., str]  # of SQLite with the folder that it is to lie in, if in any
 Start = Callable[..., Awaitable[Server]]  # with settings; beside another one, if one is given
 SCRYPT = chatserver.SCRYPT  # as it is outside of these tests
-missing = words.missing
 
 
 def pytest_configure() -> None:

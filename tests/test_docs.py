@@ -14,10 +14,9 @@ from playwright.async_api import Page, Route, expect
 from chatserver import Config, create_app
 from tests.browser import Browser, browsing
 from tests.commands import run, tool
-from tests.conftest import missing
 from tests.document import OPERATIONS
 from tests.processes import ROOT, serving
-from tests.words import KEY
+from tests.words import KEY, missing
 
 pytestmark = pytest.mark.slow
 SCRIPT = (ROOT / "web" / "docs.js").read_text("utf-8")

@@ -22,7 +22,7 @@ from tests.processes import serving
 from tests.rain import Rain
 from tests.words import KEY, PASSWORD, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("constants")]
+pytestmark = pytest.mark.slow
 COMPLAINTS = "net::ERR_|WebSocket|status of 4"  # of the browser itself, on what was in vain
 
 
