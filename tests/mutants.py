@@ -23,6 +23,7 @@ FAULTS = {
         ("a replay begins one too early",
          "e.seq > $2 ORDER BY e.seq LIMIT $3", "e.seq >= $2 ORDER BY e.seq LIMIT $3"),
         ("a replay skips one", "e.seq > $2 ORDER BY e.seq LIMIT $3", "e.seq > $2 + 1 ORDER BY e.seq LIMIT $3"),
+        ("an expired token still asks", "if login.expires < time.time():", "if False:"),
         ("an expired token still talks", "elif me.expires < time.time():", "elif False:"),
         ("a deleted text stays in the search",
          "fold(message) if message else None", 'fold(message or json.loads(row["json"])["message"])'),
@@ -63,6 +64,7 @@ FAULTS = {
         ("what does not show is a message", "or (name in SHOWN and", "or (False and"),
     ],
     "test_accounts": [
+        ("a room joined in between is not seen", "if (row[\"room_id\"], me.username) not in change.seats", "if False"),
         ("401 does not say Bearer", "if error.status == 401", "if False"),
         ("a change does not check the log-in", 'check_version(change.rows[0]["version"], me)', "pass"),
         ("a hash is cheap", "scrypt$16384$8$5", "scrypt$1024$8$5"),
@@ -73,6 +75,7 @@ FAULTS = {
         ("a post does not check the log-in", '    check_version(seat["version"], post.login)\n', ""),
         ("users are not locked between processes", ", (SELECT count(*) FROM u)", ""),
         ("a process that is gone keeps its users", "        self.hub.forget_peers(PEER_SILENCE)\n", ""),
+        ("a mistake ends a task", 'LOGGER.exception("a task failed")', "raise"),
         ("a mistake stops the writer",
          'except Exception:\n            LOGGER.exception("a batch',
          'except KeyError:\n            LOGGER.exception("a batch'),

@@ -14,7 +14,7 @@ from tests.conftest import SCRYPT, Start
 from tests.document import OPERATIONS
 from tests.helpers import Server, User
 from tests.sockets import UPGRADE
-from tests.words import KEY, PASSWORD, Answer, Event, unique
+from tests.words import KEY, PASSWORD, Answer, Event, unique, until
 
 
 async def register(server: Server, name: str, **changes: object) -> Answer:
@@ -211,6 +211,21 @@ async def test_a_deleted_account_is_gone_and_its_messages_stay(chat: Server, the
     (await register(chat, unique("heir"), email=alice.email)).ok(201)
     (await bob.put(f"{room.path}/members/{alice.name}")).refused(404, "not_found")
     assert (await room.story())[2:] == ["3 alice: I was here", "4 alice makes alice None"]
+
+
+async def test_who_joins_a_room_while_going_goes_again(chat: Server, there: Server) -> None:
+    """A room that comes in between is left by nobody unseen: 503, and nothing has changed."""
+    alice, bob = await chat.users("alice", "bob")
+    room = await bob.room()
+    async with chat.chat.writing:
+        going = asyncio.create_task(alice.delete("/users/me", {"password": PASSWORD}))
+        await until(lambda: "waiters" in repr(chat.chat.writing), "the end to wait")
+        values = f"'{room.room_id}', '{alice.name}', 'member', 0"
+        await chat.change(f"INSERT INTO members VALUES ({values})")  # noqa: S608
+    (await going).refused(503, "unavailable")
+    assert (await alice.at(there).get(room.path)).ok()["role"] == "member"
+    (await alice.delete("/users/me", {"password": PASSWORD})).ok(204)
+    assert await room.story() == ["1 bob makes bob owner", "2 alice makes alice None"]
 
 
 async def test_the_last_owner_hands_a_room_over_before_going(chat: Server, there: Server) -> None:

@@ -107,6 +107,21 @@ async def test_a_mistake_tells_clients_nothing_and_logs_no_line_of_theirs(
     caplog.clear()
 
 
+async def test_a_mistake_ends_a_socket_but_no_task(
+    chat: Server, monkeypatch: Patch, caplog: Log
+) -> None:
+    """A socket that meets one is told to come again; what runs all the time runs on."""
+    alice, bob = await chat.talk("alice", "bob")
+    with monkeypatch.context() as patch:
+        patch.setattr(chatserver, "obey", lambda *_: 1 / 0)
+        await alice.send(message="hi")
+        assert await alice.is_closed() == 1013 and "Zero" not in alice.reason
+    await bob.say("still here")
+    monkeypatch.setattr(chat.hub, "forget_peers", lambda _: 1 / 0)
+    await until(lambda: caplog.text.count("a task failed") > 1, "the second mistake of a task")
+    caplog.clear()
+
+
 async def test_what_nobody_told_is_checked_where_it_is_stored(chat: Server) -> None:
     """A log-in, a role or a room that ended unheard is found out by the change itself."""
     alice, bob, carol = await chat.talk("alice", "bob", "carol")

@@ -135,6 +135,7 @@ async def test_a_start_that_cannot_be_is_told_in_a_line(tmp_path: Path) -> None:
     for why, *arguments in (
         ("secret_key", nowhere),
         ("database_url", nowhere, SECRET),
+        ("workers", "--workers=2"),
         ("no.such.host.invalid", "--host=no.such.host.invalid"),
         ("database_url", "--database-url=sqlite:///none/chat.db"),
         ("database_url", "--database-url=sqlite:///garbage"),
