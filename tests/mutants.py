@@ -119,6 +119,7 @@ FAULTS = {
     ],
     "test_bad_input": [
         ("an expired token logs in", '"verify_iat": False}', '"verify_iat": False, "verify_exp": False}'),
+        ("a body may take for ever", "asyncio.timeout(BODY_WAIT)", "asyncio.timeout(None)"),
         ("deep nesting is a mistake",
          "except (ValueError, RecursionError) as error:\n        raise ChatError(400",
          "except ValueError as error:\n        raise ChatError(400"),

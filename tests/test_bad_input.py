@@ -16,11 +16,12 @@ import jwt
 import pytest
 from yarl import URL
 
+import chatserver
 from tests.document import DOCUMENT, OPERATIONS
 from tests.helpers import Room, Server
 from tests.processes import running
-from tests.sockets import Socket
-from tests.words import KEY, Event
+from tests.sockets import Socket, Wire
+from tests.words import KEY, PATIENCE, Event
 
 JSON = "application/json"
 GOOD = b'{"message":"x","role":"member","name":"x","seq":1,"room_id":"x-1"}'
@@ -121,6 +122,20 @@ async def test_a_forged_token_logs_nobody_in(chat: Server) -> None:
         socket = await Socket(alice, Room(alice, "1")).connect(header=False)
         await socket.send(type="auth", token=token)
         assert await socket.is_closed() == 4401, token[:300]
+
+
+async def test_a_body_that_drags_on_is_refused(
+    chat: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who begins a body and does not end it hears 408, whatever it was to be."""
+    monkeypatch.setattr(chatserver, "BODY_WAIT", 0.3)
+    alice = await chat.user("alice")
+    headers = f"Host: x\r\nAuthorization: Bearer {alice.token}\r\nContent-Length: 9\r\n\r\n"
+    for path in ("/auth/token", "/rooms"):
+        async with Wire(chat) as wire:
+            wire.writer.write(f"POST {path} HTTP/1.1\r\n{headers}half".encode())
+            async with asyncio.timeout(PATIENCE):
+                assert (await wire.reader.readline()).startswith(b"HTTP/1.1 408 ")
 
 
 CANARY = b"canary-in-the-header"
