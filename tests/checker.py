@@ -121,7 +121,7 @@ class Trial:
     async def write(self) -> None:
         """Send or post until it is over, with a stream of its own on every connection."""
         user = next(self.users)
-        mine = [unique("id")]  # what is not stored for certain is sent again
+        mine = [secrets.token_hex(8)]  # what is not stored for certain is sent again
         while not self.end:
             with suppress(*LOST):
                 async with self.connect(user) as ws:
@@ -134,7 +134,7 @@ class Trial:
                             stored = await self.send(ws, stream, mine[-1])
                         if stored:  # some things are sent again long after
                             again = secrets.randbelow(100) < 5
-                            mine.append(secrets.choice(mine) if again else unique("id"))
+                            mine.append(secrets.choice(mine) if again else secrets.token_hex(8))
                         await asyncio.sleep(0.005 if stored else 0.1)
             await asyncio.sleep(0.05)
 
