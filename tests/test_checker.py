@@ -17,8 +17,8 @@ BROKEN = {
     "repeat": ("cursor -= cursor > 0; ", "socket.cursor = cursor\n"),
     "stuck": ("self.heads[room_id] += not secrets.randbelow(50); ", "self.heads[room_id] += 1"),
     "refused": ("secrets.randbelow(20) or first([], 'x'); ", "room_id, username, client_id = p"),
-    "reset": ("secrets.randbelow(9) == 0 or ", "cursor > seq or"),
-    "closed": ("secrets.randbelow(200) or socket.close(4403, 'no'); ", "socket.heard = mono"),
+    "reset": ("secrets.randbelow(3) == 0 or ", "cursor > seq or"),
+    "closed": ("secrets.randbelow(20) or socket.close(4403, 'no'); ", "socket.heard = mono"),
 }
 
 
